@@ -1,0 +1,101 @@
+"""argv → verb. A verb's file is imported only when that verb is asked for, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from typing import Any
+
+from kinvec.contracts import KinvecError
+
+VERBS = {
+    "demo": "Build a search problem from installed packages, tune a model on it, show the gain.",
+    "init": "Write a commented recipe for your own data.",
+    "check": "Say what is wrong with training data: file, line and remedy.",
+    "train": "Train an embedding model on your data, and prove that it got better.",
+    "evaluate": "Measure a model on retrieval or similarity data, query by query.",
+    "compare": "Compare two results: difference, interval, p-value, wins and losses.",
+    "report": "Turn a run into one HTML page.",
+    "search": "Ask a question and see what the base and the tuned model answer.",
+    "embed": "Turn queries and documents into a folder of vectors.",
+    "info": "Say what a model folder is.",
+}
+
+EPILOGUE = """\
+`train` takes settings as key=value (trainer.epochs=3); the other verbs take flags. `kinvec VERB --help` tells all.
+--version prints the version; --debug, anywhere, shows the traceback behind an error.
+Exit codes: 0 done, 1 the data, the model or the machine is wrong, 2 the arguments or the recipe, 3 a gate is broken."""
+
+
+def overview() -> str:
+    rows = "\n".join(f"  {name:<9} {text}" for name, text in VERBS.items())
+    head = "kinvec turns any BERT or LLM into an embedding model for your own data, and proves that it got better."
+    return f"{head}\n\nUsage: kinvec VERB …\n\n{rows}\n\n{EPILOGUE}"
+
+
+def load_verb(name: str) -> Any:
+    """The command of a verb, built by typer from `kinvec.verbs.NAME.command`."""
+    import typer
+
+    module = importlib.import_module(f"kinvec.verbs.{name}")
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(name=name, help=module.command.__doc__ or VERBS[name])(module.command)
+    return typer.main.get_command(app)
+
+
+def run_verb(argv: list[str]) -> int:
+    verb = argv[0] if argv else "--help"
+    if verb in ("--help", "-h", "help"):
+        print(overview())
+        return 0
+    if verb == "--version":
+        from kinvec import __version__
+
+        print(f"kinvec {__version__}")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(VERBS)}."
+        print(f"error: there is no verb '{verb}'; {hint}", file=sys.stderr)
+        return 2
+    load_verb(verb)(args=argv[1:], prog_name=f"kinvec {verb}", standalone_mode=True)
+    return 0
+
+
+def main() -> None:
+    """The entry point of the `kinvec` command. An error is one sentence; the traceback only with --debug."""
+    argv = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(argv) < len(sys.argv) - 1
+    try:
+        code = run_verb(argv)
+    except (KinvecError, OSError, MemoryError) as error:
+        if debug:
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        code = getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues where it was.", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "the machine ran out of memory; close other programs, or set a smaller trainer.memory_budget."
+    if isinstance(error, OSError) and not isinstance(error, KinvecError):
+        import errno
+
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno == errno.ENOSPC:
+            return f"the disk is full{where}; free some space and run the same command again: nothing is lost."
+        return f"{error.strerror or error}{where}"
+    return " ".join(str(error).split("\n")) if "\n" not in str(error) else str(error)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    main()

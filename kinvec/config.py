@@ -1,0 +1,120 @@
+"""YAML and `key=value` into typed settings: strict keys with a suggestion, one style of error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+from yaml import YAMLError
+
+from kinvec.contracts import RecipeError
+
+
+class Settings(BaseModel):
+    """The base of every group of settings. The string under a field is its help."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(model: type[S], *layers: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> S:
+    """Merge YAML files or mappings, later ones winning, then `key=value` overrides, and validate the whole.
+
+    Raises `RecipeError`, naming the file or the override, when a file is no YAML, a key is unknown or a value is wrong.
+    """
+    merged = OmegaConf.create({})
+    for layer in layers:
+        merged = OmegaConf.merge(merged, _read(layer) if isinstance(layer, Path) else OmegaConf.create(dict(layer)))
+    merged = OmegaConf.merge(merged, _dotlist(overrides))
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"recipe: {str(error).splitlines()[0]}") from None
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(model, e) for e in error.errors())) from None
+
+
+def dump(settings: Settings) -> str:
+    """The settings, fully resolved, as YAML that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")), resolve=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Each leaf that differs, as `trainer.lr: 2e-05 → 3e-05`."""
+    for key in dict.fromkeys([*old, *new]):
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from differences(a, b, f"{name}.")
+        elif a != b:
+            yield f"{name}: {a} → {b}"
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Every leaf key of the settings with its type, default and help; what the reference page is made from."""
+    for name, field in model.model_fields.items():
+        inner = _group(field.annotation)
+        if inner is not None:
+            yield from fields(inner, f"{prefix}{name}.")
+        else:
+            kind = getattr(field.annotation, "__name__", None) if not get_args(field.annotation) else None
+            yield f"{prefix}{name}", kind or str(field.annotation).replace("typing.", ""), field.default, field.description or ""
+
+
+def _group(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _read(path: Path) -> Any:
+    try:
+        node = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: there is no such recipe file") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{where}: not valid YAML ({problem})") from None
+    if not OmegaConf.is_dict(node):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, such as 'model: NAME'")
+    return node
+
+
+def _dotlist(overrides: Sequence[str]) -> Any:
+    for item in overrides:
+        if "=" not in item or item.startswith(("=", "-")):
+            raise RecipeError(f"'{item}' is no setting; write key=value, for example trainer.epochs=3")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise RecipeError(f"key=value: {str(error).splitlines()[0]}") from None
+
+
+def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = [key for key, *_ in fields(model)] + list(_groups(model))
+        near = difflib.get_close_matches(where, known, n=1, cutoff=0.4)
+        return f"unknown recipe key '{where}'" + (f"; did you mean '{near[0]}'?" if near else "")
+    value = "" if error["type"] == "missing" else f" (it is {error.get('input')!r})"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"recipe key '{where}': {message[:1].lower()}{message[1:]}{value}"
+
+
+def _groups(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = _group(field.annotation)
+        if inner is not None:
+            yield f"{prefix}{name}"
+            yield from _groups(inner, f"{prefix}{name}.")

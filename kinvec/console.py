@@ -1,0 +1,60 @@
+"""What a person sees while waiting: one progress bar with an ETA on stderr. Results go to stdout, never through here."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+QUIET_SECONDS = 15.0  # without a terminal (a log file, CI) a line at most this often
+
+
+def say(message: str) -> None:
+    """One line for the person waiting, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """`advance(n)` moves it; `note` is the short text behind the bar (loss, tokens/s)."""
+
+    def __init__(self, label: str, total: int, bar: Any = None, task: Any = None) -> None:
+        self.label, self.total, self.done, self.note = label, total, 0, ""
+        self._bar, self._task = bar, task
+        self._begun = self._said = time.monotonic()
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        self.note = note or self.note
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, note=self.note)
+        elif time.monotonic() - self._said > QUIET_SECONDS:
+            self._said = time.monotonic()
+            left = (self._said - self._begun) / max(self.done, 1) * (self.total - self.done)
+            say(f"{self.label}: {self.done:,}/{self.total:,}, {_clock(left)} left {self.note}".rstrip())
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def progress(label: str, total: int, start: int = 0) -> Iterator[Progress]:
+    """A bar for `total` units, of which `start` are done already; plain, rare lines where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        shown = Progress(label, total)
+        shown.done = start
+        yield shown
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True) as bar:
+        shown = Progress(label, total, bar, bar.add_task(label, total=total, completed=start, note=""))
+        shown.done = start
+        yield shown

@@ -1,0 +1,122 @@
+"""What the parts of kinvec hand to each other: plain values, two protocols, and the errors a user may see.
+
+Shapes: n = texts, d = embedding dimensions, T = tokens of a pack, B = queries of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+
+class KinvecError(ValueError):
+    """The data, the model or the machine is wrong: one sentence that names the place and the remedy (exit code 1)."""
+
+    exit_code = 1
+
+
+class RecipeError(KinvecError):
+    """The arguments or the recipe are wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class GateError(KinvecError):
+    """A gate, such as the forgetting guard, is broken (exit code 3)."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One query with the documents judged for it.
+
+    Ids are always strings; documents read without ids get one made from their text, so that equal texts share an id.
+    A score is the judged grade (1.0 where the source has none); documents judged 0 are negatives.
+    """
+
+    query_id: str
+    query: str
+    positives: tuple[str, ...]
+    positive_ids: tuple[str, ...]
+    positive_scores: tuple[float, ...]
+    negatives: tuple[str, ...] = ()
+    negative_ids: tuple[str, ...] = ()
+    negative_scores: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Documents in their file's order. `texts` may be lazy (backed by memory-mapped Arrow)."""
+
+    ids: Sequence[str]
+    texts: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+Qrels = dict[str, dict[str, int]]
+"""Query id → document id → graded judgement."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalData:
+    """A search problem: a corpus, the queries that are judged, and their judgements."""
+
+    corpus: Corpus
+    queries: dict[str, str]
+    qrels: Qrels
+    fingerprint: str
+    name: str = ""
+    split: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PairData:
+    """Scored pairs of texts (semantic textual similarity)."""
+
+    first: Sequence[str]
+    second: Sequence[str]
+    scores: Sequence[float]
+    fingerprint: str
+    name: str = ""
+    split: str = ""
+
+
+@dataclass(slots=True)
+class Result:
+    """What an evaluation found, with every per-query value, so that two results can be compared with an interval.
+
+    `metrics` holds the means (or, for whole-set statistics such as Spearman, the statistic) by public name, for example
+    `nDCG@10`, `RR@10`, `AP@10`, `R@100`, `P@10`, `spearman_cosine`. `per_query` holds one row per query or item: `id`, one
+    column per metric, and what a person needs to read it (`query`, `top_ids`; `score`, `cosine` for pairs).
+    """
+
+    task: str
+    kind: str
+    split: str
+    model: str
+    metrics: dict[str, float]
+    per_query: dict[str, list[Any]]
+    fingerprint: str
+    prompts: dict[str, str] = field(default_factory=dict)
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    precision: str = ""
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Anything that turns texts into vectors. Evaluation and mining know nothing else of a model."""
+
+    name: str
+
+    def encode_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]: ...
+
+    def encode_documents(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]: ...

