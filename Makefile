@@ -1,0 +1,44 @@
+# Every target installs what it needs; the second time that costs nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/installed
+
+.PHONY: setup demo test check docs bench chromium constraints
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kinvec needs Python 3.11 or newer: make setup PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev,track]'
+	@touch $@
+
+demo: setup
+	$(BIN)/kinvec demo --out runs/demo
+
+test: setup chromium
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/docs.py --check
+
+docs: setup
+	$(BIN)/python scripts/docs.py
+
+bench: setup
+	$(BIN)/python benchmarks/run.py
+
+chromium:
+	@bash scripts/install-chromium.sh
+
+# After a change of dependencies: what a full install holds now, without hosts, paths or build tags.
+constraints: setup
+	{ echo '# Every package of a full install (demo, dev, track), so that a fresh machine gets the same. Written by `make constraints`.'; \
+	  $(BIN)/python -m pip freeze --all --exclude pip --exclude kinvec | sed 's/+cpu$$//' | LC_ALL=C sort -f; } > constraints.tmp
+	mv constraints.tmp constraints.txt
+	@touch $(SETUP)
