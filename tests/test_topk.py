@@ -1,0 +1,103 @@
+"""Exact top-k: equal to a full sort in trec_eval's order, whatever the blocks, the shards and the ties."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kinvec import topk
+from kinvec.contracts import KinvecError
+from kinvec.topk import empty_best, keep_best, rank_ids, top_k
+
+
+def full_sort(queries: np.ndarray, documents: np.ndarray, ids: list[str], k: int) -> np.ndarray:
+    scores = queries @ documents.T
+    by_id = sorted(range(len(ids)), key=ids.__getitem__, reverse=True)
+    return np.array([sorted(by_id, key=lambda j: -row[j])[:k] for row in scores], dtype=np.int64).reshape(len(queries), -1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    q=st.integers(1, 9), n=st.integers(1, 60), k=st.integers(1, 12), rows=st.integers(1, 20), chunk=st.integers(1, 5),
+    values=st.sampled_from([1, 2, 5]), cuts=st.lists(st.integers(0, 60), max_size=3), seed=st.integers(0, 10_000),
+)  # fmt: skip
+def test_equals_a_full_sort_with_ties_across_blocks_and_shards(
+    q: int, n: int, k: int, rows: int, chunk: int, values: int, cuts: list[int], seed: int
+) -> None:
+    """Small integers make products exact in any order, and ties everywhere, at rank k and across block boundaries."""
+    rng = np.random.default_rng(seed)
+    queries = rng.integers(-values, values + 1, (q, 3)).astype(np.float32)
+    documents = rng.integers(-values, values + 1, (n, 3)).astype(np.float32)
+    ids = [str(i) for i in rng.permutation(10 * n)[:n]]
+    shards = np.split(documents, sorted(min(c, n) for c in cuts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "DOCUMENT_ROWS", rows)
+        patch.setattr(topk, "QUERY_ROWS", chunk)
+        scores, found = top_k(queries, iter(shards), ids, k)
+    assert (found == full_sort(queries, documents, ids, k)).all()
+    assert (scores == np.take_along_axis(queries @ documents.T, found, axis=1)).all()
+    assert scores.dtype == np.float32 and scores.shape == (q, min(k, n))
+
+
+def test_all_documents_equal_come_by_id_descending() -> None:
+    ids = [f"d{i}" for i in range(1000)]
+    _, found = top_k(np.ones((3, 4), np.float32), [np.ones((1000, 4), np.float32)], ids, 5)
+    assert [ids[j] for j in found[0]] == ["d999", "d998", "d997", "d996", "d995"]
+    assert (found == found[0]).all()
+
+
+def test_documents_sorted_towards_the_query_all_displace_each_other() -> None:
+    documents = np.arange(50_000, dtype=np.float32)[:, None]
+    scores, found = top_k(np.ones((2, 1), np.float32), [documents], [str(i) for i in range(50_000)], 10)
+    assert found[1].tolist() == list(range(49_999, 49_989, -1))
+    assert scores[0, 0] == 49_999
+
+
+def test_ids_are_ordered_as_their_utf8_bytes() -> None:
+    """trec_eval compares bytes with strcmp; code points, which Python compares, sort the same way in UTF-8."""
+    ids = ["a", "ä", "z", "Z", "10", "9", "日", "😀", "ﬀ"]
+    by_bytes = sorted(ids, key=str.encode, reverse=True)
+    assert [ids[i] for i in np.argsort(rank_ids(ids))] == by_bytes
+
+
+def test_memory_mapped_half_precision_shards_are_scored_in_float32(tmp_path: Path) -> None:
+    documents = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float16)
+    np.save(tmp_path / "doc.npy", documents)
+    mapped = np.load(tmp_path / "doc.npy", mmap_mode="r")
+    queries = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
+    scores, found = top_k(queries, [mapped[:100], mapped[100:]], [str(i) for i in range(300)], 7)
+    exact = queries.astype(np.float64) @ documents.astype(np.float64).T
+    assert np.allclose(scores, -np.sort(-exact, axis=1)[:, :7], atol=1e-5)
+    assert np.allclose(np.take_along_axis(exact, found, axis=1), scores, atol=1e-5)
+
+
+def test_scores_in_blocks_of_any_width_give_the_same_best() -> None:
+    scores = np.random.default_rng(0).integers(0, 4, (5, 40)).astype(np.float32)
+    rank = rank_ids([str(i) for i in range(40)])
+    whole = keep_best(empty_best(5, 6), scores, 0, rank)
+    parts = empty_best(5, 6)
+    for start in range(0, 40, 7):
+        parts = keep_best(parts, scores[:, start : start + 7], start, rank)
+    assert (whole[0] == parts[0]).all() and (whole[1] == parts[1]).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_broken_vector_is_named(value: float) -> None:
+    documents = np.ones((6, 2), np.float32)
+    documents[4, 1] = value
+    with pytest.raises(KinvecError, match="document vector 4 holds NaN"):
+        top_k(np.ones((1, 2), np.float32), [documents[:3], documents[3:]], list("abcdef"), 2)
+
+
+def test_rows_and_ids_and_dimensions_must_match() -> None:
+    one, two = np.ones((1, 2), np.float32), np.ones((2, 2), np.float32)
+    with pytest.raises(KinvecError, match="2 document vectors but 3 document ids"):
+        top_k(one, [two], list("abc"), 2)
+    with pytest.raises(KinvecError, match="more document vectors than the 1"):
+        top_k(one, [two], ["a"], 2)
+    with pytest.raises(KinvecError, match="2 × 3, not rows of 2"):
+        top_k(one, [np.ones((2, 3), np.float32)], ["a", "b"], 2)
