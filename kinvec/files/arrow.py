@@ -1,0 +1,184 @@
+"""Rows kept as an Arrow file in the cache and memory-mapped: however large the data, Python holds one batch of it.
+
+A cached table is `NAME.arrow` and, written after it, `NAME.json` (row count, bytes, notes); the pair is valid or absent.
+The name is a fingerprint of the content read, of how it was read and of the reader's version.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import pyarrow as pa
+
+from kinvec.contracts import KinvecError
+from kinvec.files.problems import Notes
+from kinvec.files.writing import beside_path, content_fingerprint, write_json
+
+READER_VERSION = 1  # raise it whenever the same file would be read into other rows
+BATCH_ROWS, BATCH_CHARACTERS = 4096, 8 << 20  # a record batch is closed at whichever comes first
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def cache_folder() -> Path:
+    """`$KINVEC_CACHE`, or `~/.cache/kinvec`, and in it `data`."""
+    return Path(os.environ.get("KINVEC_CACHE") or Path.home() / ".cache" / "kinvec") / "data"
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """One fingerprint of several values (content fingerprints, options), any change of which is another one."""
+    return content_fingerprint(json.dumps([READER_VERSION, *parts], sort_keys=True, ensure_ascii=False).encode())
+
+
+class ArrowTable:
+    """A memory-mapped Arrow file: rows by number, or batch by batch through plain reads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _mapped(self) -> list[pa.RecordBatch]:
+        reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(batch.num_rows for batch in self._mapped))
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        return pa.ipc.open_file(pa.memory_map(str(self.path))).schema
+
+    @cached_property
+    def rows(self) -> pa.Table:
+        return pa.Table.from_batches(self._mapped, schema=self.schema)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def value(self, column: str, row: int) -> Any:
+        """One cell as a Python value."""
+        batch = bisect_right(self._ends, row)
+        start = self._ends[batch - 1] if batch else 0
+        return self._mapped[batch].column(column)[row - start].as_py()
+
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Every batch in order, through reads that are freed again, so that a pass over all rows takes one batch's memory.
+
+        (Pages of a memory map count as the process's own until the machine wants them back.)
+        """
+        with pa.OSFile(str(self.path)) as file:
+            fields = None if columns is None else [self.schema.get_field_index(name) for name in columns]
+            reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields))
+            for i in range(reader.num_record_batches):
+                yield reader.get_batch(i)
+
+
+class ArrowStrings(Sequence[str]):
+    """A text column of a memory-mapped table as a sequence of Python strings, each made when it is asked for."""
+
+    def __init__(self, table: ArrowTable, column: str) -> None:
+        self.table, self.column = table, column
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        value: str = self.table.value(self.column, index % len(self))
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        for batch in self.table.batches([self.column]):
+            yield from batch.column(0).to_pylist()
+
+
+def cached_table(
+    key: str, schema: pa.Schema, produce: Callable[[Notes], Iterable[tuple[Any, ...]]], *, strict: bool, root: str
+) -> tuple[ArrowTable, Notes]:
+    """The rows of `produce(notes)` as a memory-mapped table, from the cache where they are there already.
+
+    `root` is the source as the user named it; it prefixes the files that notes speak of. With `strict` the first problem
+    is raised and nothing is kept. A full disk is a `KinvecError`, and leaves nothing behind.
+    """
+    path, manifest = cache_folder() / f"{key}.arrow", cache_folder() / f"{key}.json"
+    found = _read_manifest(path, manifest)
+    if found is None:
+        notes = Notes(strict)
+        rows = _write(path, schema, produce, notes)
+        write_json(manifest, {"rows": rows, "bytes": path.stat().st_size, **notes.to_json(root)})
+    else:
+        notes = Notes.from_json(found, root)
+        if strict and notes.kept:
+            raise notes.kept[0]
+    return ArrowTable(path), notes
+
+
+def _read_manifest(path: Path, manifest: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        return found if path.stat().st_size == found["bytes"] else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _write(path: Path, schema: pa.Schema, produce: Callable[[Notes], Iterable[tuple[Any, ...]]], notes: Notes) -> int:
+    beside = beside_path(path)
+    written = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in _record_batches(schema, produce(notes)):
+                writer.write_batch(batch)
+                written += batch.num_rows
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        if error.errno in DISK_FULL:
+            raise KinvecError(
+                f"the disk is full: the memory-mapped copy of the data could not be written to {path.parent}; free some space "
+                "or set KINVEC_CACHE to a folder on another disk"
+            ) from None
+        raise
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    return written
+
+
+def _record_batches(schema: pa.Schema, rows: Iterable[tuple[Any, ...]]) -> Iterator[pa.RecordBatch]:
+    held: list[tuple[Any, ...]] = []
+    characters = 0
+    for row in rows:
+        held.append(row)
+        characters += sum(_size(value) for value in row)
+        if len(held) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield _record_batch(schema, held)
+            held, characters = [], 0
+    if held:
+        yield _record_batch(schema, held)
+
+
+def _record_batch(schema: pa.Schema, rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
+    columns = [pa.array(values, type=f.type) for f, values in zip(schema, zip(*rows, strict=True), strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(_size, value)) if isinstance(value, list) else 8

@@ -1,0 +1,58 @@
+"""One way to say what is wrong with a row: rule, file, line, what it is, what to do; and who listens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kinvec.contracts import KinvecError
+
+KEPT_PER_RULE = 50  # problems kept with their place; all are counted
+REMEDY = "correct the row, or read with skip_bad to drop and count such rows"
+
+
+class BadValue(ValueError):
+    """A row cannot be used; says what and how to mend it, but not where: the reader knows the file and the line."""
+
+    def __init__(self, rule: str, message: str, remedy: str = REMEDY) -> None:
+        super().__init__(message)
+        self.rule, self.message, self.remedy = rule, message, remedy
+
+
+class DataError(KinvecError):
+    """A place in a data file that is wrong. Reads as `file.jsonl:27: what it is; what to do`."""
+
+    def __init__(self, rule: str, file: str, line: int, message: str, remedy: str = REMEDY) -> None:
+        where = f"{file}:{line}" if line else file
+        super().__init__(f"{where}: {message}" + (f"; {remedy}" if remedy else ""))
+        self.rule, self.file, self.line, self.message, self.remedy = rule, file, line, message, remedy
+
+
+@dataclass
+class Notes:
+    """What a reader had to say. Strict: the first problem is raised. Otherwise they are counted and the first ones kept."""
+
+    strict: bool = True
+    kept: list[DataError] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    warnings: list[str] = field(default_factory=list)
+
+    def bad(self, error: DataError) -> None:
+        if self.strict:
+            raise error
+        self.counts[error.rule] += 1
+        if self.counts[error.rule] <= KEPT_PER_RULE:
+            self.kept.append(error)
+
+    def to_json(self, root: str) -> dict[str, Any]:
+        """As plain values, with file names relative to `root`, so that a moved copy names its own place."""
+        kept = [[e.rule, e.file.removeprefix(root), e.line, e.message, e.remedy] for e in self.kept]
+        return {"kept": kept, "counts": dict(self.counts), "warnings": [w.replace(root, "{root}") for w in self.warnings]}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], root: str) -> Notes:
+        kept = [DataError(rule, root + file, line, message, remedy) for rule, file, line, message, remedy in value["kept"]]
+        warnings = [w.replace("{root}", root) for w in value["warnings"]]
+        return cls(False, kept, Counter(value["counts"]), warnings)

@@ -1,0 +1,102 @@
+"""Writers that never leave half a file, and the hashes by which files and texts are recognised.
+
+A file is written beside its place, flushed to the disk and renamed; whoever reads sees the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from jaxtyping import Int64
+
+CHUNK_BYTES = 1 << 20
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write `text` as UTF-8 in one step: beside the place, synced, renamed. Missing parent folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = beside_path(path)
+    try:
+        with open(beside, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write `value` as indented JSON in one step, keys in their own order, other scripts' letters as they are."""
+    return write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def replace_folder(tmp: str | Path, final: str | Path) -> Path:
+    """Move the finished folder `tmp` to `final`; a folder that was there is gone only once the new one is in place."""
+    tmp, final = Path(tmp), Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    old = beside_path(final)
+    if final.exists():
+        os.replace(final, old)
+    try:
+        os.replace(tmp, final)
+    except BaseException:
+        if old.exists():
+            os.replace(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def beside_path(path: Path) -> Path:
+    """Where a file or folder is built before it is renamed to `path`; one place a process, on the same disk."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def content_fingerprint(source: str | Path | bytes) -> str:
+    """The xxh3-128 of bytes, of a file's content, or of all files of a folder with their relative names, in hex.
+
+    The place and the name of the file or folder do not count: a copy has the same fingerprint.
+    """
+    if isinstance(source, bytes):
+        return xxhash.xxh3_128_hexdigest(source)
+    path, digest = Path(source), xxhash.xxh3_128()
+    if path.is_dir():
+        for inner in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{inner.relative_to(path).as_posix()}\0{content_fingerprint(inner)}\n".encode())
+        return digest.hexdigest()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def normalise(text: str) -> str:
+    """The text as it is compared: case folded, white space of any kind and length made one space."""
+    return " ".join(text.casefold().split())
+
+
+def text_key(text: str) -> int:
+    """The xxh3-64 of the normalised text as a signed 64-bit integer: equal keys mean equal texts, to 1 in 2**64 a pair."""
+    key = xxhash.xxh3_64_intdigest(normalise(text).encode("utf-8", "surrogatepass"))
+    return key - (1 << 64) if key >> 63 else key
+
+
+def text_keys(texts: Iterable[str]) -> Int64[np.ndarray, " n"]:
+    """`text_key` of every text, as int64 [n]: 8 bytes a text, whatever its length."""
+    return np.fromiter((text_key(text) for text in texts), dtype=np.int64)
+
+
+def text_id(text: str) -> str:
+    """The id of a text that came without one: the xxh3-128 of the text as it is, in hex; equal texts share it."""
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
