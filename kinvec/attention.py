@@ -1,0 +1,335 @@
+"""Attention over packed texts: every text sees itself alone, without padding, forward and backward.
+
+Any Hugging Face model that takes a custom attention function runs on it (`install`). The model's own mask rule (causal,
+bidirectional, sliding window) is taken from transformers, so each family keeps its exact semantics; we only ask it about
+one text at a time. Kernels: `torch.nn.attention.varlen` on CUDA in half precision without dropout; everywhere else texts
+of equal length share one batched matrix product.
+
+Shapes: T = tokens of the pack, H = query heads, K = key/value heads, D = head width, g = texts of a run, L = their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from kinvec.batching import Pack
+
+IMPLEMENTATION = "kinvec_packed"
+_PACK: ContextVar[Pack | None] = ContextVar("pack", default=None)
+
+
+@contextmanager
+def packed(pack: Pack) -> Iterator[None]:
+    """Inside, models on our attention treat their one row of tokens as the texts of `pack`."""
+    token = _PACK.set(pack)
+    try:
+        yield
+    finally:
+        _PACK.reset(token)
+
+
+class TextMask:
+    """The model's mask rule for one kind of layer, evaluated within a text when asked."""
+
+    def __init__(self, rule: Callable[..., Tensor]) -> None:
+        self.rule = rule
+        self._biases: dict[tuple[int, torch.dtype], Tensor | None] = {}
+
+    def allowed(self, start: int, length: int, device: torch.device) -> Bool[Tensor, "L L"]:
+        """Which keys each query of a text of `length` tokens that begins at `start` may see."""
+        place = torch.arange(start, start + length, device=device)
+        zero = torch.zeros((), dtype=torch.long, device=device)
+        return self.rule(zero, zero, place[:, None], place[None, :]).expand(length, length)
+
+    def bias(self, start: int, length: int, like: Tensor) -> Float[Tensor, "L L"] | None:
+        """What to add to the scores; None where every token sees every other. The rule depends on distances alone."""
+        key = (length, like.dtype)
+        if key not in self._biases:
+            allowed = self.allowed(start, length, like.device)
+            bias = torch.zeros(length, length, dtype=like.dtype, device=like.device)
+            self._biases[key] = None if bool(allowed.all()) else bias.masked_fill(~allowed, float("-inf"))
+        return self._biases[key]
+
+    def window(self, start: int, length: int, device: torch.device) -> tuple[int, int]:
+        """How far a token of the longest text sees to its left and right; −1 is without limit."""
+        allowed = self.allowed(start, length, device)
+        left, right = int(allowed[-1].sum()) - 1, int(allowed[0].sum()) - 1
+        return (-1 if left == length - 1 else left, -1 if right == length - 1 else right)
+
+
+def install(model: nn.Module) -> bool:
+    """Put a Hugging Face model on packed attention; False where its code has no place for a custom attention."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    if not getattr(model, "_supports_attention_backend", False):
+        return False
+    AttentionInterface.register(IMPLEMENTATION, packed_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _text_mask)
+    model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+    return True
+
+
+def _text_mask(*, mask_function: Callable[..., Tensor], **_: Any) -> TextMask:
+    return TextMask(mask_function)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 H T D"],
+    key: Float[Tensor, "1 K T D"],
+    value: Float[Tensor, "1 K T V"],
+    attention_mask: TextMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "1 T H V"], None]:
+    """The attention function that transformers calls in every layer."""
+    pack = _PACK.get()
+    assert pack is not None, "a model on packed attention was called outside of packed(...)"
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if _varlen_fits(q, dropout, softcap):
+        return _varlen(q, k, v, pack, attention_mask, scale)[None], None
+    mask = attention_mask or TextMask(lambda b, h, i, j: (i >= 0) & (j >= 0))
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return EqualLengthAttention.apply(q, k, v, pack, mask, scale, dropout, softcap)[None], None
+    assert dropout == 0.0 or torch.is_grad_enabled() or module.training
+    return _forward_only(q, k, v, pack, mask, scale, dropout, softcap)[None], None
+
+
+def _varlen_fits(q: Tensor, dropout: float, softcap: float | None) -> bool:
+    return q.is_cuda and dropout == 0.0 and softcap is None and q.dtype in (torch.float16, torch.bfloat16)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, pack: Pack, mask: TextMask | None, scale: float) -> Float[Tensor, "T H V"]:
+    """One kernel for texts of any lengths (FlashAttention, Dao 2023); CUDA only, no dropout, no softcap."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.tensor((0, *pack.lengths), device=q.device).cumsum(0).to(torch.int32)
+    longest = max(pack.lengths)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    last = int(ends[-1]) - longest  # texts lie shortest first, so the longest ends the pack
+    window = mask.window(last, longest, q.device) if mask is not None else (-1, -1)
+    return varlen_attn(
+        q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, longest, longest, scale=scale, window_size=window
+    )
+
+
+def _runs(pack: Pack) -> Iterator[tuple[int, int, int]]:
+    """(first token, texts, tokens each) of every run of equal length."""
+    start = 0
+    for texts, length in pack.runs:
+        yield start, texts, length
+        start += texts * length
+
+
+def _by_head(x: Float[Tensor, "T K D"], start: int, g: int, length: int, groups: int = 1) -> Float[Tensor, "gH L D"]:
+    """The run's texts and heads as one batch; each key/value head serves `groups` query heads."""
+    run = x[start : start + g * length].reshape(g, length, *x.shape[1:]).permute(0, 2, 1, 3)
+    if groups > 1:
+        run = run.repeat_interleave(groups, dim=1)
+    return run.reshape(-1, length, x.shape[-1])
+
+
+def _from_heads(x: Float[Tensor, "gH L D"], g: int, out: Float[Tensor, "gL K D"], groups: int = 1) -> None:
+    """The inverse of `_by_head`, written into `out`; gradients of shared key/value heads are summed."""
+    length, width = x.shape[1:]
+    heads = x.reshape(g, -1, groups, length, width)
+    heads = heads.sum(2) if groups > 1 else heads[:, :, 0]
+    out.view(g, length, -1, width).copy_(heads.permute(0, 2, 1, 3))
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax of the scores [gH, L, L], and tanh of the capped scores where there is a cap (Gemma 2)."""
+    if softcap is None:
+        base = q.new_zeros(1) if bias is None else bias
+        scores = torch.baddbmm(base, q, k.transpose(1, 2), beta=0 if bias is None else 1, alpha=scale)
+        return torch.softmax(scores, -1), None
+    tanh = torch.tanh(torch.bmm(q, k.transpose(1, 2)) * (scale / softcap))
+    scores = tanh * softcap if bias is None else tanh * softcap + bias
+    return torch.softmax(scores, -1), tanh
+
+
+def _forward_only(
+    q: Tensor, k: Tensor, v: Tensor, pack: Pack, mask: TextMask, scale: float, dropout: float, softcap: float | None
+) -> Float[Tensor, "T H V"]:
+    """Without gradients: the fused kernel reads the run where it lies."""
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    groups = q.shape[1] // k.shape[1]
+    for start, g, length in _runs(pack):
+        bias = mask.bias(start, length, q)
+        end = start + g * length
+        if softcap is None and dropout == 0.0:
+            views = (x[start:end].view(g, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+            run = nn.functional.scaled_dot_product_attention(*views, attn_mask=bias, scale=scale, enable_gqa=groups > 1)
+            out[start:end].view(g, length, *out.shape[1:]).copy_(run.transpose(1, 2))
+            continue
+        heads = _by_head(q, start, g, length), _by_head(k, start, g, length, groups)
+        probs, _ = _probabilities(*heads, bias, scale, softcap)
+        if dropout > 0.0:
+            probs = probs * keep_mask(probs.shape, dropout, probs.device) / (1.0 - dropout)
+        _from_heads(torch.bmm(probs, _by_head(v, start, g, length, groups)), g, out[start:end])
+    return out
+
+
+class EqualLengthAttention(torch.autograd.Function):
+    """Attention by batched matrix products over runs of equal length, with its own backward.
+
+    One function for the whole pack: slicing per run inside autograd would add up a pack-sized gradient for every run.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pack: Pack,
+        mask: TextMask,
+        scale: float,
+        dropout: float,
+        softcap: float | None,
+    ) -> Float[Tensor, "T H V"]:
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
+        groups = q.shape[1] // k.shape[1]
+        saved: list[Tensor | None] = []
+        with torch.autocast(q.device.type, enabled=False):
+            for start, g, length in _runs(pack):
+                qs = _by_head(q, start, g, length)
+                ks, vs = (_by_head(x, start, g, length, groups) for x in (k, v))
+                probs, tanh = _probabilities(qs, ks, mask.bias(start, length, q), scale, softcap)
+                keep = keep_mask(probs.shape, dropout, q.device) if dropout > 0.0 else None
+                seen = probs if keep is None else (probs * keep).mul_(1.0 / (1.0 - dropout))
+                _from_heads(torch.bmm(seen, vs), g, out[start : start + g * length])
+                saved += [qs, ks, vs, probs, keep, tanh]
+        ctx.save_for_backward(*saved)
+        ctx.shapes = q.shape, k.shape, v.shape
+        ctx.pack, ctx.scale, ctx.dropout, ctx.softcap, ctx.groups = pack, scale, dropout, softcap, groups
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "T H V"]) -> Any:
+        dq, dk, dv = (grad.new_empty(shape) for shape in ctx.shapes)
+        saved = ctx.saved_tensors
+        for run, (start, g, length) in enumerate(_runs(ctx.pack)):
+            qs, ks, vs, probs, keep, tanh = saved[6 * run : 6 * run + 6]
+            dout = _by_head(grad, start, g, length)
+            dprobs = torch.bmm(dout, vs.transpose(1, 2))
+            seen = probs
+            if keep is not None:
+                rescale = 1.0 / (1.0 - ctx.dropout)
+                seen = (probs * keep).mul_(rescale)
+                dprobs.mul_(keep).mul_(rescale)
+            dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+            if tanh is not None:
+                dscores.mul_(1.0 - tanh * tanh)
+            span = slice(start, start + g * length)
+            _from_heads(torch.bmm(seen.transpose(1, 2), dout), g, dv[span], ctx.groups)
+            _from_heads(torch.bmm(dscores, ks).mul_(ctx.scale), g, dq[span])
+            _from_heads(torch.bmm(dscores.transpose(1, 2), qs).mul_(ctx.scale), g, dk[span], ctx.groups)
+        return dq, dk, dv, None, None, None, None, None
+
+
+def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Bool[Tensor, "..."]:
+    """A random mask, True with probability 1 − dropout to within 2⁻¹⁶: four decisions from each 64-bit draw.
+
+    The generator of the device is advanced as any other draw advances it, so a saved random state replays the mask.
+    """
+    count = shape.numel()
+    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+    threshold = round(dropout * 2**16) - 2**15
+    return (draws.view(torch.int16)[:count] >= threshold).view(shape)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        keep = keep_mask(x.shape, p, x.device)
+        ctx.save_for_backward(keep)
+        ctx.rescale = 1.0 / (1.0 - p)
+        return (x * keep).mul_(ctx.rescale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (keep,) = ctx.saved_tensors
+        return (grad * keep).mul_(ctx.rescale), None
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout` with the cheap mask above: a byte an element is kept for the backward pass instead of four."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        return _Dropout.apply(x, self.p) if self.p < 1.0 else torch.zeros_like(x)
+
+
+class FusedProjections:
+    """One matrix product for the query, key and value projections that read the same input.
+
+    The weights stay where they are and keep their names; they are joined at each forward. Only plain linear layers are
+    fused: one that carries an adapter computes for itself.
+    """
+
+    def __init__(self, layers: tuple[nn.Linear, ...]) -> None:
+        self.layers = layers
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def project(self, index: int, x: Tensor) -> Tensor:
+        """The output of projection `index` for x; the first one asked for computes all."""
+        if x is not self._input or index not in self._outputs:
+            weight = torch.cat([layer.weight for layer in self.layers])
+            biases = [layer.bias for layer in self.layers]
+            bias = torch.cat(biases) if biases[0] is not None else None
+            parts = nn.functional.linear(x, weight, bias).split([layer.out_features for layer in self.layers], -1)
+            self._input, self._outputs = x, dict(enumerate(parts))
+        part = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return part
+
+
+PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"))
+
+
+def fuse_projections(model: nn.Module) -> int:
+    """Fuse every attention layer's plain query, key and value projections; returns how many layers were fused."""
+    count = 0
+    for module in list(model.modules()):
+        for names in PROJECTIONS:
+            layers = tuple(getattr(module, name, None) for name in names)
+            if not all(type(layer) is nn.Linear for layer in layers):
+                continue
+            if len({layer.bias is None for layer in layers}) > 1:
+                continue
+            fused = FusedProjections(layers)
+            for index, layer in enumerate(layers):
+                layer.forward = _bind(fused, index)
+            count += 1
+    return count
+
+
+def _bind(fused: FusedProjections, index: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: fused.project(index, x)
+
+
+def replace_dropout(model: nn.Module) -> None:
+    """Use the cheap dropout everywhere in the model; modules without parameters, so no weight changes its name."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Dropout:
+                setattr(module, name, Dropout(child.p))

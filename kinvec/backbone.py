@@ -1,0 +1,253 @@
+"""Any Hugging Face encoder or decoder: found, opened, put on packed attention where it takes it, LoRA on, merged, off.
+
+Shapes: T = tokens of a pack, h = hidden width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kinvec.attention import fuse_projections, install, packed
+from kinvec.batching import Pack, Tokens, pack
+from kinvec.config import Settings
+from kinvec.contracts import KinvecError
+
+POSITIONS_AFTER_PADDING = {  # families whose first position is the padding index + 1 (RoBERTa's convention)
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod", "esm",
+    "ibert", "longformer", "mpnet",
+}  # fmt: skip
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (Hu et al. 2021) through PEFT. Off unless `rank` is above 0."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains all weights."""
+    alpha: float = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    targets: list[str] | str = "all-linear"
+    """Names of the linear layers that carry an adapter, or `all-linear`."""
+
+
+def find_model(name: str) -> str:
+    """A model's folder for a path or `pkg:NAME` (a model inside an installed package), else the hub name as it is.
+
+    A package is located without importing it. Raises `KinvecError` when a package or path does not hold a model.
+    """
+    if name.startswith("pkg:"):
+        return str(_package_model(name.removeprefix("pkg:")))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
+            raise KinvecError(f"{name}: not a model folder (it has neither modules.json nor config.json)")
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise KinvecError(f"{name}: there is no such model folder")
+    return name
+
+
+def _package_model(package: str) -> Path:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    if not places:
+        hint = package.replace("_", "-")
+        raise KinvecError(f"pkg:{package}: no such package is installed; try 'pip install {hint}'")
+    for place in places:
+        for folder in (place, place / "model", *sorted(child for child in place.iterdir() if child.is_dir())):
+            if any((folder / file).is_file() for file in ("modules.json", "config.json")):
+                return folder
+    raise KinvecError(f"pkg:{package}: the package is installed but carries no model (no modules.json or config.json)")
+
+
+def fetch(name: str) -> Path:
+    """The model's folder on this machine; a hub name is downloaded, without any code it may carry."""
+    found = find_model(name)
+    if Path(found).is_dir():
+        return Path(found)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(found, allow_patterns=patterns, ignore_patterns=["onnx/*", "openvino/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise KinvecError(f"{name}: neither a model folder here nor reachable on the hub ({reason})") from None
+
+
+def load_backbone(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Open the transformer of a folder with the given weight type; never runs code from the folder.
+
+    Raises `KinvecError` when weights are missing, incomplete or not safetensors, or the architecture is unknown.
+    """
+    from transformers import AutoConfig, AutoModel, T5EncoderModel
+    from transformers.utils import logging
+
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        other = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights at all"
+        raise KinvecError(f"{folder}: no safetensors weights ({other}); save the model as safetensors first")
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        kind = T5EncoderModel if config.model_type in ("t5", "mt5") else AutoModel
+        model, info = kind.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        raise KinvecError(f"{folder}: cannot open the model: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # safetensors' own error type is no ValueError
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise KinvecError(f"{weights[0]}: the weights are damaged or cut short ({error})") from None
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise KinvecError(f"{folder}: the weights lack {len(missing)} tensors, {missing[0]} among them")
+    model.config.use_cache = False
+    return model
+
+
+class Backbone(nn.Module):
+    """A transformer and the way texts go through it: packed where its code allows, padded otherwise."""
+
+    def __init__(self, model: nn.Module, pad_token: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.pad_token = pad_token
+        config: Any = model.config
+        self.width = int(getattr(config.get_text_config(), "hidden_size", 0) or config.d_model)
+        offset = config.model_type in POSITIONS_AFTER_PADDING
+        self.first_position = int(config.pad_token_id) + 1 if offset and config.pad_token_id is not None else 0
+        native = config._attn_implementation
+        self.packs = install(model) and self._agrees(native)
+        if not self.packs:
+            model.set_attn_implementation(native)  # type: ignore[operator]
+
+    def forward(self, texts: Pack) -> Float[Tensor, "T h"]:
+        """The last hidden states of all tokens of the pack."""
+        if not self.packs:
+            return self._padded(texts)
+        extra = {"token_type_ids": torch.zeros_like(texts.input_ids)[None]} if self._has_types() else {}
+        with packed(texts):
+            out = self.model(
+                input_ids=texts.input_ids[None], position_ids=(texts.positions + self.first_position)[None], **extra
+            )
+        return out.last_hidden_state[0]
+
+    def _padded(self, texts: Pack) -> Float[Tensor, "T h"]:
+        ids, mask = texts.padded(self.pad_token)
+        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden[mask.bool()]
+
+    def _has_types(self) -> bool:
+        return bool(getattr(self.model.config, "type_vocab_size", 0))
+
+    @torch.no_grad()
+    def _agrees(self, native: str) -> bool:
+        """Whether this very model gives the same hidden states packed as padded through its own attention.
+
+        Some architectures accept a custom attention and then ignore part of it (sinks, position biases); only a run
+        of both ways tells. Costs two forward passes over 12 tokens.
+        """
+        training, model, self.packs = self.model.training, self.model, True
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        ids = [[(7 * length + place) % (vocabulary - 5) + 5 for place in range(length)] for length in (3, 4, 5)]
+        probe = pack(Tokens(ids, [0, 0, 0]), range(3)).to(next(model.parameters()).device)
+        model.eval()
+        try:
+            packed_states = self(probe).float()
+            model.set_attn_implementation(native)  # type: ignore[operator]
+            padded_states = self._padded(probe).float()
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
+            return False
+        finally:
+            install(model)
+            model.train(training)
+        tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+        return bool((packed_states - padded_states).abs().max() <= tolerance * padded_states.abs().max())
+
+
+def fuse(backbone: Backbone) -> None:
+    """Join the query, key and value products of plain layers; call it after adapters are on."""
+    if backbone.packs:
+        fuse_projections(backbone.model)
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Set every dropout rate of the model: modules, and the attention rates that decoders keep as plain numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = rate  # type: ignore[assignment]
+
+
+def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
+    """Put adapters on and freeze the rest. Raises `KinvecError` when a target names no layer of the model."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=settings.targets,
+        bias="none", task_type="FEATURE_EXTRACTION",
+    )  # fmt: skip
+    try:
+        backbone.model = get_peft_model(backbone.model, config)
+    except ValueError as error:
+        raise KinvecError(f"lora.targets: {str(error).splitlines()[0]}") from None
+
+
+def merge_lora(backbone: Backbone, adapter: Path | None = None) -> None:
+    """Fold the adapters into the weights; with `adapter`, save them as a PEFT folder first."""
+    if not hasattr(backbone.model, "merge_and_unload"):
+        return
+    if adapter is not None:
+        backbone.model.save_pretrained(adapter)  # type: ignore[operator]
+    backbone.model = backbone.model.merge_and_unload()  # type: ignore[operator]
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises `KinvecError` for a device that is not here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise KinvecError(f"device '{device}' is not available: {str(error).splitlines()[0]}") from None
+    return torch.device(device)
+
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` is bf16 where the hardware multiplies it (CUDA; AMX or AVX512-BF16 on a CPU), else fp32."""
+    if precision not in PRECISIONS:
+        raise KinvecError(f"precision '{precision}' is unknown; use one of {', '.join(PRECISIONS)}")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def set_threads(threads: int | None) -> None:
+    """Use this many CPU threads; None leaves torch's choice."""
+    if threads:
+        torch.set_num_threads(threads)
+        os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+
+
+def trainable(module: nn.Module) -> Sequence[tuple[str, nn.Parameter]]:
+    """The named parameters that training changes."""
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]

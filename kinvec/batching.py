@@ -1,0 +1,144 @@
+"""Texts → tokens → packs: prompts, truncation, and many texts laid end to end without padding.
+
+Shapes: n = texts, T = tokens of all texts of a pack together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of n texts; `skip[i]` leading tokens of text i belong to a prompt that pooling leaves out."""
+
+    ids: list[list[int]]
+    skip: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.ids + other.ids, self.skip + other.skip)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " n"]:
+        return np.fromiter(map(len, self.ids), dtype=np.int64, count=len(self.ids))
+
+
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], max_length: int, prompt: str = "", skip_prompt: bool = False
+) -> Tokens:
+    """Put `prompt` before every text and tokenize, cut at `max_length` tokens (special tokens included).
+
+    With `skip_prompt` the prompt's tokens are marked to be left out of pooling, as sentence-transformers does it for
+    models whose pooling has `include_prompt: false`.
+    """
+    if not texts:
+        return Tokens([], [])
+    given = [prompt + text for text in texts] if prompt else list(texts)
+    ids = tokenizer(given, truncation=True, max_length=max_length, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+    if not all(ids):  # decoders add no special tokens: an empty text still needs a token to be a vector
+        empty = [
+            next(
+                i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, 0) if i is not None
+            )
+        ]
+        ids = [row or empty for row in ids]
+    skip = prompt_length(tokenizer, prompt, max_length) if prompt and skip_prompt else 0
+    return Tokens(ids, [skip] * len(ids))
+
+
+def prompt_length(tokenizer: Any, prompt: str, max_length: int) -> int:
+    """Tokens of the prompt alone: leading special tokens counted, a trailing one (end of sequence, separator) not."""
+    ids = tokenizer([prompt], truncation=True, max_length=max_length, verbose=False)["input_ids"][0]
+    return len(ids) - (1 if ids and ids[-1] in tokenizer.all_special_ids else 0)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """n texts laid end to end, texts of equal length beside each other; positions restart at every text.
+
+    `rows[i]` is where text i stood before it was packed, so that results can be put back in order.
+    """
+
+    input_ids: Int[Tensor, " T"]
+    positions: Int[Tensor, " T"]
+    lengths: tuple[int, ...]
+    skip: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(texts, tokens each) of every stretch of texts of equal length, in order."""
+        runs: list[tuple[int, int]] = []
+        for length in self.lengths:
+            if runs and runs[-1][1] == length:
+                runs[-1] = (runs[-1][0] + 1, length)
+            else:
+                runs.append((1, length))
+        return tuple(runs)
+
+    @cached_property
+    def starts(self) -> Int[Tensor, " n"]:
+        """Where each text begins."""
+        ends = torch.tensor(self.lengths, device=self.input_ids.device).cumsum(0)
+        return ends - torch.tensor(self.lengths, device=self.input_ids.device)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def to(self, device: torch.device) -> Pack:
+        if self.input_ids.device == device:
+            return self
+        return Pack(self.input_ids.to(device), self.positions.to(device), self.lengths, self.skip, self.rows)
+
+    def padded(self, pad_token: int) -> tuple[Int[Tensor, "n L"], Int[Tensor, "n L"]]:
+        """The same texts padded on the right: token ids and attention mask, for models that cannot be packed."""
+        rows = self.input_ids.split(list(self.lengths))
+        ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_token)
+        lengths = torch.tensor(self.lengths, device=ids.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device)[None] < lengths[:, None]).long()
+        return ids, mask
+
+
+def pack(tokens: Tokens, rows: Sequence[int]) -> Pack:
+    """Lay the chosen rows end to end, shortest first."""
+    order = sorted(rows, key=lambda row: (len(tokens.ids[row]), row))
+    lengths = [len(tokens.ids[row]) for row in order]
+    ids = np.concatenate([np.asarray(tokens.ids[row], dtype=np.int64) for row in order])
+    positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
+    skip = tuple(tokens.skip[row] for row in order)
+    return Pack(torch.from_numpy(ids), torch.from_numpy(positions), tuple(lengths), skip, tuple(order))
+
+
+def cut(lengths: Int[np.ndarray, " n"], budget: int) -> list[list[int]]:
+    """Cut n texts, sorted by length, into groups of at most `budget` tokens (a longer text stands alone).
+
+    A function of the lengths alone, so the same texts always share a pack and their vectors keep their bits.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for row in np.argsort(lengths, kind="stable").tolist():
+        if not groups or lengths[row] > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(row)
+        room -= int(lengths[row])
+    return groups
+
+
+def packs(tokens: Tokens, budget: int) -> Iterator[Pack]:
+    """All texts, as packs of at most `budget` tokens."""
+    for rows in cut(tokens.lengths, budget):
+        yield pack(tokens, rows)
