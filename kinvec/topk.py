@@ -21,15 +21,15 @@ QUERY_ROWS = 256
 
 
 def top_k(
-    queries: Float[np.ndarray, "q d"], documents: Iterable[Float[np.ndarray, "_ d"]], ids: Sequence[str], k: int
+    queries: Float[np.ndarray, "q d"], documents: Iterable[np.ndarray], ids: Sequence[str], k: int
 ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
     """The k documents with the largest inner product for each query, best first.
 
-    `documents` are row blocks of one matrix in the order of `ids`: `[matrix]`, memory-mapped shards, or a generator that
-    encodes as it goes; only one block of `DOCUMENT_ROWS` rows and its scores are held at a time. Returns the scores and
-    the rows' indices, both [q, min(k, n)].
+    `documents` are row blocks [_, d] of one matrix in the order of `ids`: `[matrix]`, memory-mapped shards, or a
+    generator that encodes as it goes; only one block of `DOCUMENT_ROWS` rows and its scores are held at a time. Returns
+    the scores and the rows' indices, both [q, min(k, n)].
 
-    Raises `KinvecError` where a vector holds NaN or infinity, dimensions differ, or rows and ids do not match in number.
+    Raises `KinvecError` where a vector holds NaN or infinity, dimensions differ, or there are more rows or more ids.
     """
     tie_rank = rank_ids(ids)
     queries = _checked(queries, queries.shape[1], "query", 0)
@@ -48,7 +48,7 @@ def top_k(
     return best
 
 
-def rank_ids(ids: Sequence[str]) -> Int64[np.ndarray, "n"]:
+def rank_ids(ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
     """Each id's place when ids are sorted in descending order: the smaller rank wins a tie."""
     descending = sorted(range(len(ids)), key=ids.__getitem__, reverse=True)
     rank = np.empty(len(ids), dtype=np.int64)
@@ -65,7 +65,7 @@ def keep_best(
     best: tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]],
     scores: Float32[np.ndarray, "q b"],
     start: int,
-    tie_rank: Int64[np.ndarray, "n"],
+    tie_rank: Int64[np.ndarray, " n"],
 ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
     """The best k of `best` and of the block `scores`, whose columns are the documents from row `start` on."""
     (q, k), b = best[0].shape, scores.shape[1]
@@ -99,7 +99,7 @@ def _blocks(documents: Iterable[np.ndarray], dimension: int) -> Iterator[Float32
 def _checked(vectors: np.ndarray, dimension: int, what: str, first_row: int) -> Float32[np.ndarray, "b d"]:
     if vectors.ndim != 2 or vectors.shape[1] != dimension:
         shape = " × ".join(map(str, vectors.shape))
-        raise KinvecError(f"{what} vectors are {shape}, not rows of {dimension} as the queries'; use one model for both")
+        raise KinvecError(f"{what} vectors are {shape}, not rows of {dimension} as the queries are; use one model")
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():

@@ -17,7 +17,7 @@ from kinvec.topk import empty_best, keep_best, rank_ids, top_k
 def full_sort(queries: np.ndarray, documents: np.ndarray, ids: list[str], k: int) -> np.ndarray:
     scores = queries @ documents.T
     by_id = sorted(range(len(ids)), key=ids.__getitem__, reverse=True)
-    return np.array([sorted(by_id, key=lambda j: -row[j])[:k] for row in scores], dtype=np.int64).reshape(len(queries), -1)
+    return np.array([sorted(by_id, key=lambda j: -row[j])[:k] for row in scores], dtype=np.int64)
 
 
 @settings(max_examples=150, deadline=None)
