@@ -1,0 +1,164 @@
+"""Checkpoints: torch distributed checkpoints with a manifest of checksums, written last; save, resume, keep the newest.
+
+A checkpoint is a folder `step-00000012` of tensors by name (weights, optimiser moments, random state) plus
+`manifest.json`: the step, plain values, and a checksum of every file. Without its manifest it does not count.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from kinvec.contracts import KinvecError
+
+MANIFEST = "manifest.json"
+
+# What the metadata of a distributed checkpoint is made of. It is a pickle, and unpickling anything else could run code.
+ALLOWED = {
+    ("builtins", "set"),
+    ("builtins", "slice"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "StorageMeta"),
+    ("torch.distributed.checkpoint.storage", "StorageMeta"),
+    ("torch.distributed.checkpoint._fsspec_filesystem", "_StorageInfo"),
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )),
+}  # fmt: skip
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and (module, name) not in ALLOWED:
+            raise KinvecError(
+                f"the checkpoint's metadata asks for '{module}.{name}', which no checkpoint needs; refused"
+            )
+        return super().find_class(module, name)
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        return _Unpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
+        raise KinvecError(f"{path}: the checkpoint's metadata cannot be read ({error})") from None
+
+
+class SafeReader(dcp.FileSystemReader):
+    """A reader whose metadata has come through the allow-list: a foreign checkpoint cannot run code."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._metadata = _read_metadata(path)
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """The metadata read when the checkpoint was opened."""
+        if self._metadata.storage_meta is None:
+            self._metadata.storage_meta = StorageMeta()
+        self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], keep: set[int]) -> None:
+    """Write the checkpoint of `step` beside and rename it, then delete all others but those of the steps in `keep`."""
+    final, beside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        with _one_process():
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(beside), no_dist=True)
+        checksums = {path.name: _checksum(path) for path in sorted(beside.iterdir())}
+        manifest = {"format": 1, "step": step, "files": checksums, "values": dict(values)}
+        with open(beside / MANIFEST, "w", encoding="utf-8") as file:
+            json.dump(manifest, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    for other, path in list(steps(folder)):
+        if other not in keep | {step}:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def steps(folder: Path) -> Iterator[tuple[int, Path]]:
+    """The valid checkpoints of a folder, oldest first; leftovers of a killed save are removed."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".step-"):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith("step-") and (path / MANIFEST).is_file():
+            yield int(path.name.removeprefix("step-")), path
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest valid checkpoint, or None."""
+    found = list(steps(folder))
+    return found[-1][1] if found else None
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint, after its files have been checked against their checksums.
+
+    Raises `KinvecError` naming the damaged file.
+    """
+    manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+    for name, checksum in manifest["files"].items():
+        if not (path / name).is_file() or _checksum(path / name) != checksum:
+            raise KinvecError(
+                f"{path / name}: the checkpoint is damaged (its checksum differs); delete the folder {path} to go on "
+                "from the one before, or use --force to start afresh"
+            )
+    return manifest["values"]
+
+
+def load_into(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill the given tensors, in place, from the checkpoint. Raises `KinvecError` when names or shapes do not match."""
+    reader = SafeReader(path)
+    try:
+        with _one_process():
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise KinvecError(f"{path}: the checkpoint does not fit this model ({reason})") from None
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """torch warns that no process group is there; with one process that is as it should be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
