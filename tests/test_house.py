@@ -43,7 +43,9 @@ def test_functions_and_files_stay_short(path: Path) -> None:
 
 
 def test_no_module_shares_its_name_with_a_public_function() -> None:
-    modules = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
     assert not modules & set(kinvec.__all__)
 
 
@@ -63,7 +65,7 @@ def _tree_of_readme() -> set[str]:
 
 
 def test_the_readme_captions_every_file_of_the_package() -> None:
-    files = {path.name for path in PACKAGE.glob("*.py")}
+    files = {path.name for path in PACKAGE.iterdir() if path.is_file()}
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert _tree_of_readme() == files | folders
 
@@ -88,7 +90,10 @@ def test_nothing_names_a_machine_or_a_package_host() -> None:
 
 def test_every_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.!]+", pin) for pin in pins), "a pin is NAME==VERSION and nothing else"
