@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import numpy as np
-from jaxtyping import Float
+if TYPE_CHECKING:  # a fifth of a second of imports, for two signatures: the command line would wait for it
+    import numpy as np
+    from jaxtyping import Float
 
 
 class KinvecError(ValueError):
