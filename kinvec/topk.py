@@ -50,7 +50,8 @@ def top_k(
 
 def rank_ids(ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
     """Each id's place when ids are sorted in descending order: the smaller rank wins a tie."""
-    descending = sorted(range(len(ids)), key=ids.__getitem__, reverse=True)
+    texts = list(ids)  # they may be lazy, and sorting asks for each
+    descending = sorted(range(len(texts)), key=texts.__getitem__, reverse=True)
     rank = np.empty(len(ids), dtype=np.int64)
     rank[descending] = np.arange(len(ids))
     return rank

@@ -1,0 +1,133 @@
+"""An `Encoder` and a problem → a `Result` that keeps every query's values.
+
+Nothing here knows how a model works: a Hugging Face, an ONNX or an HTTP encoder runs the same evaluation.
+Scores are float32 inner products whatever the precision of encoding (bf16 scores tie), and equal scores are ordered as
+trec_eval orders them (see `kinvec.topk`). Evaluation draws no random numbers.
+
+Shapes: q = queries, n = documents or texts, d = dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from kinvec import metrics
+from kinvec.contracts import Encoder, KinvecError, PairData, Result, RetrievalData
+from kinvec.tasks.lexical import bm25
+from kinvec.tasks.rankings import MEASURES, check_problem, from_rankings, search_depth, timed, versions
+from kinvec.topk import top_k
+
+ENCODE_ROWS = 65_536  # documents encoded, searched and forgotten at a time: memory does not grow with the corpus
+
+
+def retrieval(
+    data: RetrievalData, encoder: Encoder, measures: Sequence[str] = MEASURES, *, baseline: bool = True
+) -> Result:
+    """Search the whole corpus for every judged query, and score the rankings against the graded judgements.
+
+    A document whose id equals the query's is a result like any other. With `baseline` the figures of BM25 on the same
+    data come along as `baselines["BM25"]` (made once per data in a process). Raises `KinvecError` for data without
+    queries or documents and for vectors that are not numbers, `RecipeError` for an unknown measure.
+    """
+    check_problem(data)
+    depth = search_depth(measures)
+    scale = _similarity(encoder)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "encode_queries"):
+        queries = scale(encoder.encode_queries([data.queries[query] for query in data.qrels]))
+
+    def documents() -> Iterator[Float32[np.ndarray, "_ d"]]:
+        for start in range(0, len(data.corpus), ENCODE_ROWS):
+            with timed(seconds, "encode_documents"):
+                vectors = scale(encoder.encode_documents(data.corpus.texts[start : start + ENCODE_ROWS]))
+            yield vectors
+
+    with timed(seconds, "search"):
+        best = top_k(queries, documents(), data.corpus.ids, depth)
+    seconds["search"] -= seconds["encode_documents"]  # which happens inside it
+    result = from_rankings(data, *best, measures)
+    _describe(result, encoder)
+    result.timing = seconds | {"documents_per_second": len(data.corpus) / max(seconds["encode_documents"], 1e-9)}
+    if baseline:
+        result.baselines = {"BM25": bm25(data, measures).metrics}
+    return result
+
+
+def from_vectors(
+    data: RetrievalData,
+    queries: Float[np.ndarray, "q d"],
+    documents: Iterable[np.ndarray],
+    model: str,
+    measures: Sequence[str] = MEASURES,
+) -> Result:
+    """As `retrieval`, for vectors that are there already: a row for each query of `data.qrels`, and corpus shards."""
+    check_problem(data)
+    depth = search_depth(measures)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "search"):
+        best = top_k(queries, documents, data.corpus.ids, depth)
+    result = from_rankings(data, *best, measures)
+    result.model, result.precision, result.timing, result.versions = model, "fp32", seconds, versions()
+    return result
+
+
+def similarity(data: PairData, encoder: Encoder) -> Result:
+    """Spearman's and Pearson's correlation of the pairs' cosines with their scores; every pair's cosine is kept.
+
+    Both sides are encoded as queries: with prompts, that is what a symmetric task uses (E5, BGE).
+    """
+    if not len(data.scores):
+        raise KinvecError(f"{data.name}: there are no pairs to score; give rows of two texts and a score")
+    seconds: dict[str, float] = {}
+    n = len(data.scores)
+    with timed(seconds, "encode"):
+        vectors = _unit(encoder.encode_queries([*data.first, *data.second]))
+    if not np.isfinite(vectors).all():
+        raise KinvecError(f"{encoder.name} gave NaN or infinity; is the model broken? Try --precision fp32")
+    cosines = np.einsum("nd,nd->n", vectors[:n], vectors[n:], dtype=np.float64)
+    gold = np.asarray(data.scores, dtype=np.float64)
+    columns: dict[str, list[Any]] = {
+        "id": [str(i) for i in range(n)],
+        "query": list(data.first),
+        "second": list(data.second),
+        "score": gold.tolist(),
+        "cosine": cosines.tolist(),
+    }
+    values = {"spearman_cosine": metrics.spearman(gold, cosines), "pearson_cosine": metrics.pearson(gold, cosines)}
+    result = Result(data.name or "similarity", "similarity", data.split, "", values, columns, data.fingerprint)
+    _describe(result, encoder)
+    result.timing = seconds
+    return result
+
+
+def _describe(result: Result, encoder: Encoder) -> None:
+    """What a result says of the model; only `name` is sure to be there on every encoder."""
+    result.model = encoder.name
+    result.prompts = dict(getattr(encoder, "prompts", {}))
+    result.precision = str(getattr(encoder, "precision", ""))
+    result.versions = versions()
+
+
+def _similarity(encoder: Encoder) -> Callable[[np.ndarray], Float32[np.ndarray, "n d"]]:
+    name = str(getattr(encoder, "similarity", "cosine"))
+    if name not in SIMILARITIES:
+        known = " and ".join(SIMILARITIES)
+        raise KinvecError(f"{encoder.name} asks for the similarity '{name}'; search knows {known}")
+    return SIMILARITIES[name]
+
+
+def _unit(vectors: Float[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
+    """Rows at length 1, so that inner products are cosines; a zero vector stays one."""
+    vectors = np.asarray(vectors, dtype=np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(lengths > 0, lengths, np.float32(1))
+
+
+SIMILARITIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "cosine": _unit,
+    "dot": lambda vectors: np.asarray(vectors, dtype=np.float32),
+}

@@ -1,0 +1,62 @@
+"""BM25, the lexical baseline beside every retrieval result.
+
+Shapes: q = queries, k = results kept for each query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from kinvec.console import progress
+from kinvec.contracts import Result, RetrievalData
+from kinvec.tasks.rankings import MEASURES, check_problem, from_rankings, search_depth, timed, versions
+from kinvec.topk import empty_best, keep_best, rank_ids
+
+_RESULTS: dict[tuple[str, tuple[str, ...]], Result] = {}  # data fingerprint, measures → result, for this process
+
+
+def bm25(data: RetrievalData, measures: Sequence[str] = MEASURES) -> Result:
+    """The lexical baseline: BM25 as Lucene has it (k1 1.5, b 0.75), English stemmer and stop words (bm25s, PyStemmer).
+
+    Documents that share no word with the query are no results. Made once per data and measures in a process.
+    """
+    key = (data.fingerprint, tuple(measures))
+    if key not in _RESULTS:
+        check_problem(data)
+        seconds: dict[str, float] = {}
+        with timed(seconds, "search"):
+            best = _rankings(data, search_depth(measures))
+        result = from_rankings(data, *best, measures)
+        result.model, result.timing, result.versions = "BM25", seconds, versions()
+        _RESULTS[key] = result
+    return _RESULTS[key]
+
+
+def _rankings(data: RetrievalData, k: int) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
+    import bm25s
+    import Stemmer  # type: ignore[import-not-found]  # a C extension without stubs
+
+    k = min(k, len(data.corpus))
+    best_scores, best_rows = empty_best(len(data.qrels), k)
+    tokenizer = bm25s.tokenization.Tokenizer(stopwords="en", stemmer=Stemmer.Stemmer("english"))
+    words = tokenizer.tokenize(data.corpus.texts, update_vocab=True, show_progress=False, allow_empty=False)
+    if not any(words):  # not one word in all documents: nothing can be found, and bm25s cannot index it
+        return best_scores, best_rows
+    index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+    index.index((words, tokenizer.get_vocab_dict()), show_progress=False)
+    tie_rank = rank_ids(data.corpus.ids)
+    asked = tokenizer.tokenize(
+        [data.queries[query] for query in data.qrels], update_vocab=False, show_progress=False, allow_empty=False
+    )
+    with progress("BM25", len(asked)) as bar:
+        for i, query in enumerate(asked):
+            bar.advance()
+            if query:
+                scores = index.get_scores(query)[None].astype(np.float32)
+                scores[scores <= 0] = -np.inf
+                best_scores[i], best_rows[i] = (found[0] for found in keep_best(empty_best(1, k), scores, 0, tie_rank))
+    best_rows[np.isneginf(best_scores)] = -1
+    return best_scores, best_rows

@@ -1,0 +1,91 @@
+"""Rankings of a corpus → a `Result`: every query's measures, and what a person needs to read them.
+
+Shapes: q = queries, k = results kept for each query.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from kinvec import metrics
+from kinvec.contracts import KinvecError, Result, RetrievalData
+
+MEASURES = ("nDCG@10", "RR@10", "AP@10", "R@10", "R@100", "P@10")
+SHOWN = 10  # results kept for a person to read
+SNIPPET = 300  # characters of the first result kept
+QUERIES_AT_A_TIME = 4096  # queries whose rankings are Python objects at once
+LIBRARIES = ("kinvec", "torch", "transformers", "numpy", "ir-measures", "bm25s")
+
+
+def search_depth(measures: Sequence[str]) -> int:
+    """Results to keep for each query: enough for the measures, and for a person."""
+    return max(metrics.search_depth(measures), SHOWN)
+
+
+def from_rankings(
+    data: RetrievalData, scores: Float32[np.ndarray, "q k"], rows: Int64[np.ndarray, "q k"], measures: Sequence[str]
+) -> Result:
+    """The result of rankings: for each query of `data.qrels` rows of the corpus, best first; −1 where there is none."""
+    names = [str(measure) for measure in metrics.parse_measures(measures)]
+    query_ids = list(data.qrels)
+    values: dict[str, list[Any]] = {name: [] for name in names}
+    shown: list[dict[str, Any]] = []
+    for start in range(0, len(query_ids), QUERIES_AT_A_TIME):
+        chunk = range(start, min(start + QUERIES_AT_A_TIME, len(query_ids)))
+        ranked = {query_ids[i]: [data.corpus.ids[row] for row in rows[i] if row >= 0] for i in chunk}
+        for name, column in metrics.retrieval(names, {query: data.qrels[query] for query in ranked}, ranked).items():
+            values[name].extend(column.tolist())
+        for i in chunk:
+            shown.append(_shown(data, query_ids[i], ranked[query_ids[i]], rows[i], scores[i]))
+    columns = {name: [row[name] for row in shown] for name in shown[0]}
+    texts = [data.queries[query] for query in query_ids]
+    means = {name: metrics.mean(values[name]) for name in names}
+    per_query = {"id": query_ids, "query": texts, **values, **columns}
+    return Result(data.name or "retrieval", "retrieval", data.split, "", means, per_query, data.fingerprint)
+
+
+def _shown(
+    data: RetrievalData, query: str, ranked: list[str], rows: Int64[np.ndarray, " k"], scores: Float32[np.ndarray, " k"]
+) -> dict[str, Any]:
+    """What a person reads of one query: the first results, what the first one says, and where a relevant one came."""
+    judged = data.qrels[query]
+    relevant = (place for place, document in enumerate(ranked, 1) if judged.get(document, 0) > 0)
+    return {
+        "top_ids": ranked[:SHOWN],
+        "top_scores": scores[: len(ranked)][:SHOWN].tolist(),
+        "top_text": data.corpus.texts[int(rows[0])][:SNIPPET] if ranked else "",
+        "first_relevant": next(relevant, None),
+        "judged_ids": list(judged),
+        "judged_scores": list(judged.values()),
+    }
+
+
+def check_problem(data: RetrievalData) -> None:
+    """Raise `KinvecError` where there is nothing to search with or in."""
+    where = data.name or "the data"
+    if not data.qrels:
+        raise KinvecError(f"{where}: no query of the split '{data.split}' is judged; name a split that has judgements")
+    if not len(data.corpus):
+        raise KinvecError(f"{where}: the corpus has no documents; there is nothing to search")
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a result depends on."""
+    from kinvec import __version__
+
+    return {name: __version__ if name == "kinvec" else version(name) for name in LIBRARIES}
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds that the block takes to `seconds[name]`."""
+    begun = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun

@@ -1,0 +1,78 @@
+"""Results on disk: a folder with `per_query.parquet` (one row a query or pair) and, written last, `results.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kinvec.contracts import KinvecError, Result
+from kinvec.files import write_json
+
+FORMAT = 1
+MANIFEST, ROWS = "results.json", "per_query.parquet"
+
+
+def save_result(result: Result, folder: str | Path) -> Path:
+    """Write a result into `folder`, made if missing. A folder that holds other things than a result is refused."""
+    folder = Path(folder)
+    refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # from here until it is written again there is no result here
+    beside = folder / f"{ROWS}.{os.getpid()}.tmp"
+    try:
+        pq.write_table(pa.table(result.per_query), beside)
+        os.replace(beside, folder / ROWS)
+    finally:
+        beside.unlink(missing_ok=True)
+    head = {key: value for key, value in asdict(result).items() if key != "per_query"}
+    write_json(folder / MANIFEST, {"format": FORMAT, **head, "queries": len(result.per_query["id"])})
+    return folder
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise `KinvecError` unless a result may be written into `folder`: it is absent, empty, or held one before."""
+    if folder.exists() and not folder.is_dir():
+        raise KinvecError(f"{folder} is a file; name a folder for the result")
+    foreign = (
+        [p.name for p in folder.iterdir() if p.name not in (MANIFEST, ROWS) and p.suffix != ".tmp"]
+        if folder.is_dir()
+        else []
+    )
+    if foreign:
+        raise KinvecError(
+            f"{folder} holds other things than a result ('{min(foreign)}'); name an empty or a new folder"
+        )
+
+
+def load_result(folder: str | Path) -> Result:
+    """Read what `save_result` wrote. Raises `KinvecError` where there is no finished result, or it does not read."""
+    folder = Path(folder)
+    try:
+        head = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        rows = pq.read_table(folder / ROWS).to_pydict()
+    except FileNotFoundError:
+        raise KinvecError(
+            f"{folder}: there is no finished result here (results.json); run kinvec evaluate --out {folder}"
+        ) from None
+    except (ValueError, pa.ArrowInvalid) as error:
+        raise KinvecError(f"{folder}: the result does not read ({error}); evaluate again") from None
+    if head.pop("format", None) != FORMAT:
+        raise KinvecError(f"{folder / MANIFEST}: not a result of this version of kinvec; evaluate again")
+    if head.pop("queries", None) != len(rows["id"]):
+        raise KinvecError(f"{folder}: {ROWS} is not the one that {MANIFEST} was written with; evaluate again")
+    return Result(**head, per_query=rows)
+
+
+def load_results(folder: str | Path) -> dict[str, Result]:
+    """The results of a folder by task: its own, or those of its sub-folders (as a run's `results/base`)."""
+    folder = Path(folder)
+    places = [folder] if (folder / MANIFEST).exists() else sorted(p.parent for p in folder.glob(f"*/{MANIFEST}"))
+    if not places:
+        raise KinvecError(f"{folder}: there is no result here, nor in a sub-folder; run kinvec evaluate --out {folder}")
+    found = [load_result(place) for place in places]
+    return {result.task: result for result in found}
