@@ -1,9 +1,16 @@
-"""Readers and writers: every form of training data as it comes, streamed into memory-mapped Arrow; files renamed into place."""
+"""Readers and writers: every form of training data as it comes, memory-mapped; files written beside and renamed.
+
+sources.py   what a user names → a plan; forms.py: how a file is parsed; roles.py: what its columns mean
+records.py   the parsers, with line numbers; rows.py: records → rows; beir.py, nli.py, hub.py: whole folders
+arrow.py     the memory-mapped cache; table.py: `open_data`; searches.py: what evaluation and encoding read
+problems.py  how a bad row is named; writing.py: writers and hashes
+"""
 
 from __future__ import annotations
 
+from kinvec.files.arrow import ArrowStrings, cache_folder
 from kinvec.files.problems import DataError
-from kinvec.files.searches import open_pairs, open_retrieval
+from kinvec.files.searches import open_pairs, open_retrieval, read_documents, read_judgements, read_queries
 from kinvec.files.table import Table, detect_kind, open_data
 from kinvec.files.writing import (
     content_fingerprint,
@@ -17,6 +24,23 @@ from kinvec.files.writing import (
 )
 
 __all__ = [
-    "DataError", "Table", "content_fingerprint", "detect_kind", "normalise", "open_data", "open_pairs", "open_retrieval",
-    "replace_folder", "text_id", "text_key", "text_keys", "write_json", "write_text",
-]  # fmt: skip
+    "ArrowStrings",
+    "DataError",
+    "Table",
+    "cache_folder",
+    "content_fingerprint",
+    "detect_kind",
+    "normalise",
+    "open_data",
+    "open_pairs",
+    "open_retrieval",
+    "read_documents",
+    "read_judgements",
+    "read_queries",
+    "replace_folder",
+    "text_id",
+    "text_key",
+    "text_keys",
+    "write_json",
+    "write_text",
+]

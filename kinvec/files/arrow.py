@@ -65,9 +65,17 @@ class ArrowTable:
 
     def value(self, column: str, row: int) -> Any:
         """One cell as a Python value."""
-        batch = bisect_right(self._ends, row)
-        start = self._ends[batch - 1] if batch else 0
-        return self._mapped[batch].column(column)[row - start].as_py()
+        batch, at = self._place(row)
+        return batch.column(column)[at].as_py()
+
+    def row(self, row: int) -> dict[str, Any]:
+        """One row as Python values by column."""
+        batch, at = self._place(row)
+        return {name: batch.column(i)[at].as_py() for i, name in enumerate(self.schema.names)}
+
+    def _place(self, row: int) -> tuple[pa.RecordBatch, int]:
+        number = bisect_right(self._ends, row)
+        return self._mapped[number], row - (self._ends[number - 1] if number else 0)
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Every batch in order, through reads that are freed again, so that a pass over all rows takes one batch's memory.
@@ -108,24 +116,24 @@ class ArrowStrings(Sequence[str]):
 
 
 def cached_table(
-    key: str, schema: pa.Schema, produce: Callable[[Notes], Iterable[tuple[Any, ...]]], *, strict: bool, root: str
-) -> tuple[ArrowTable, Notes]:
+    key: str, schema: pa.Schema, produce: Callable[[Notes], Iterable[tuple[Any, ...]]], notes: Notes, root: str
+) -> ArrowTable:
     """The rows of `produce(notes)` as a memory-mapped table, from the cache where they are there already.
 
-    `root` is the source as the user named it; it prefixes the files that notes speak of. With `strict` the first problem
-    is raised and nothing is kept. A full disk is a `KinvecError`, and leaves nothing behind.
+    What the producer noted is noted again when the rows come from the cache; if `notes` is strict the first problem is
+    raised, and nothing is kept. `root` is the source as the user named it: it begins the names of the files in notes.
+    A full disk is a `KinvecError`, and leaves nothing behind.
     """
     path, manifest = cache_folder() / f"{key}.arrow", cache_folder() / f"{key}.json"
     found = _read_manifest(path, manifest)
     if found is None:
-        notes = Notes(strict)
-        rows = _write(path, schema, produce, notes)
-        write_json(manifest, {"rows": rows, "bytes": path.stat().st_size, **notes.to_json(root)})
+        own = Notes(notes.strict)
+        rows = _write(path, schema, produce, own)
+        write_json(manifest, {"rows": rows, "bytes": path.stat().st_size, **own.to_json(root)})
     else:
-        notes = Notes.from_json(found, root)
-        if strict and notes.kept:
-            raise notes.kept[0]
-    return ArrowTable(path), notes
+        own = Notes.from_json(found, root)
+    notes.take(own)
+    return ArrowTable(path)
 
 
 def _read_manifest(path: Path, manifest: Path) -> dict[str, Any] | None:

@@ -5,11 +5,13 @@ The corpus becomes a memory-mapped table; of queries and judgements only those o
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from kinvec.contracts import Qrels
@@ -17,7 +19,7 @@ from kinvec.files.arrow import ArrowStrings, ArrowTable, cached_table, fingerpri
 from kinvec.files.problems import BadValue, DataError, Notes
 from kinvec.files.records import decoded_lines, jsonl_records, kind_of
 from kinvec.files.rows import Row, checked_text, judged_row
-from kinvec.files.writing import content_fingerprint
+from kinvec.files.writing import content_fingerprint, text_key
 
 DOCUMENTS = pa.schema([pa.field("id", pa.string()), pa.field("text", pa.string()), pa.field("line", pa.int64())])
 
@@ -44,7 +46,13 @@ def qrels_path(folder: Path, split: str) -> Path:
     path = folder / "qrels" / f"{split}.tsv"
     if not path.is_file():
         have = ", ".join(splits(folder)) or "none"
-        raise DataError("split", str(path), 0, f"there are no judgements for the split '{split}' (there are: {have})", "name one of these")
+        raise DataError(
+            "split",
+            str(path),
+            0,
+            f"there are no judgements for the split '{split}' (there are: {have})",
+            "name one of these",
+        )
     return path
 
 
@@ -54,21 +62,41 @@ def beir_fingerprint(folder: Path, split: str) -> str:
     return fingerprint_of("beir", *map(content_fingerprint, parts))
 
 
-def documents(path: Path) -> ArrowTable:
+def documents(path: Path, notes: Notes) -> ArrowTable:
     """A corpus as a memory-mapped table (id, text, line); the text is title and text joined by one space, stripped.
 
-    An empty document is kept: published evaluations keep it too. Raises `DataError` for a row that is no document.
+    An empty document is kept: published evaluations keep it too. A row that is no document, or a second one of the same id,
+    is noted.
     """
-    key = fingerprint_of("documents", content_fingerprint(path))
+    name = str(path)
 
     def produce(notes: Notes) -> Iterator[Row]:
-        for line, record in jsonl_records(path, str(path), notes):
+        keys, lines = array("q"), array("q")  # 16 bytes a document, to find ids given twice
+        for line, record in jsonl_records(path, name, notes):
             try:
-                yield identity(record), document_text(record), line
+                row = identity(record), document_text(record), line
             except BadValue as bad:
-                notes.bad(DataError(bad.rule, str(path), line, bad.message, bad.remedy))
+                notes.bad(DataError(bad.rule, name, line, bad.message, bad.remedy))
+                continue
+            keys.append(text_key(row[0]))
+            lines.append(line)
+            yield row
+        for line in _repeated(keys, lines):
+            notes.bad(
+                DataError("id", name, line, "the '_id' of this document was given to one before", "give each its own")
+            )
 
-    return cached_table(key, DOCUMENTS, produce, strict=True, root=str(path))[0]
+    return cached_table(fingerprint_of("documents", content_fingerprint(path)), DOCUMENTS, produce, notes, name)
+
+
+def _repeated(keys: array[int], lines: array[int]) -> list[int]:
+    """The lines of keys that were there before."""
+    if not keys:
+        return []
+    _, first = np.unique(np.frombuffer(keys, dtype=np.int64), return_index=True)
+    again = np.ones(len(keys), dtype=bool)
+    again[first] = False
+    return [int(line) for line in np.frombuffer(lines, dtype=np.int64)[again]]
 
 
 def identity(record: dict[str, Any]) -> str:
@@ -96,7 +124,11 @@ def read_qrels(path: Path, name: str, notes: Notes) -> Judgements:
         if not any(cells) or (line == 1 and len(cells) >= 3 and not _is_grade(cells[-1])):
             continue
         if len(cells) not in (3, 4) or not _is_grade(cells[-1]):
-            notes.bad(DataError("schema", name, line, "a judgement is: query id, document id, whole-number score, tabs between"))
+            notes.bad(
+                DataError(
+                    "schema", name, line, "a judgement is: query id, document id, whole-number score, tabs between"
+                )
+            )
             continue
         query, document, grade = cells[0], cells[-2], int(float(cells[-1]))
         if grades.setdefault(query, {}).setdefault(document, grade) != grade:
@@ -131,13 +163,21 @@ def training_rows(folder: Path, split: str, notes: Notes) -> Iterator[Row]:
     path = qrels_path(folder, split)
     judgements = read_qrels(path, str(path), notes)
     queries = judged_queries(folder / "queries.jsonl", str(folder / "queries.jsonl"), judgements.grades, notes)
-    corpus = documents(folder / "corpus.jsonl")
+    corpus = documents(folder / "corpus.jsonl", notes)
     place = _places(corpus, {document for judged in judgements.grades.values() for document in judged})
     without = 0
     for query, judged in judgements.grades.items():
         line = judgements.lines[query, next(iter(judged))]
         if query not in queries:
-            notes.bad(DataError("missing", str(path), line, f"query '{query}' is not in queries.jsonl", "add it, or drop the judgement"))
+            notes.bad(
+                DataError(
+                    "missing",
+                    str(path),
+                    line,
+                    f"query '{query}' is not in queries.jsonl",
+                    "add it, or drop the judgement",
+                )
+            )
             continue
         triples = []
         for document, grade in judged.items():
@@ -145,7 +185,11 @@ def training_rows(folder: Path, split: str, notes: Notes) -> Iterator[Row]:
             if not text:
                 what = "is not in corpus.jsonl" if text is None else "is empty in corpus.jsonl"
                 at = judgements.lines[query, document]
-                notes.bad(DataError("missing", str(path), at, f"document '{document}' {what}", "add it, or drop the judgement"))
+                notes.bad(
+                    DataError(
+                        "missing", str(path), at, f"document '{document}' {what}", "add it, or drop the judgement"
+                    )
+                )
                 continue
             triples.append((document, text, float(grade)))
         positives = [triple for triple in triples if triple[2] > 0]
@@ -154,7 +198,17 @@ def training_rows(folder: Path, split: str, notes: Notes) -> Iterator[Row]:
         else:
             without += 1
     if without:
-        notes.warnings.append(f"{path}: {without:,} judged queries have no positive document and are left out of training")
+        notes.warnings.append(
+            f"{path}: {without:,} judged queries have no positive document and are left out of training"
+        )
+
+
+def text_rows(corpus: Path, notes: Notes) -> Iterator[Row]:
+    """The texts of a corpus for training without queries: text, file number 0, line; empty documents are left out."""
+    for batch in documents(corpus, notes).batches():
+        for _, text, line in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            if text:
+                yield text, 0, line
 
 
 def _places(corpus: ArrowTable, wanted: set[str]) -> dict[str, int]:

@@ -46,13 +46,27 @@ class Notes:
         if self.counts[error.rule] <= KEPT_PER_RULE:
             self.kept.append(error)
 
+    def take(self, other: Notes) -> None:
+        """Note what another one noted; if strict its first problem is raised."""
+        if self.strict and other.kept:
+            raise other.kept[0]
+        self.kept += other.kept
+        self.counts += other.counts
+        self.warnings += other.warnings
+
     def to_json(self, root: str) -> dict[str, Any]:
         """As plain values, with file names relative to `root`, so that a moved copy names its own place."""
         kept = [[e.rule, e.file.removeprefix(root), e.line, e.message, e.remedy] for e in self.kept]
-        return {"kept": kept, "counts": dict(self.counts), "warnings": [w.replace(root, "{root}") for w in self.warnings]}
+        return {
+            "kept": kept,
+            "counts": dict(self.counts),
+            "warnings": [w.replace(root, "{root}") for w in self.warnings],
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], root: str) -> Notes:
-        kept = [DataError(rule, root + file, line, message, remedy) for rule, file, line, message, remedy in value["kept"]]
+        kept = [
+            DataError(rule, root + file, line, message, remedy) for rule, file, line, message, remedy in value["kept"]
+        ]
         warnings = [w.replace("{root}", root) for w in value["warnings"]]
         return cls(False, kept, Counter(value["counts"]), warnings)

@@ -1,12 +1,15 @@
-"""A file as records: JSONL, JSON arrays, delimited text, Parquet and plain lines, each streamed, each record with its line.
+"""A file as records: JSONL, JSON arrays, SQuAD, delimited text, Parquet, plain lines and CoNLL-U, each streamed.
 
-A record is a dict of column names to values as they stand in the file. What cannot be parsed goes to `notes` and is left out.
+A record is a dict of column names to values as they stand in the file, with the line it begins on. What cannot be parsed
+goes to `notes` (which raises it, or counts it) and is left out.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +20,19 @@ from kinvec.files.problems import DataError, Notes
 Record = tuple[int, dict[str, Any]]
 """Line (counted from 1; for Parquet the row) and values."""
 
+WINDOW = 1 << 20  # characters of a JSON array read at a time
+MARGIN = 16  # a JSON error this near the end of the window may only mean that more must be read
+ARRAY = re.compile(r"\s*\[")
+SQUAD = re.compile(r'\s*\{(?:\s*"version"\s*:\s*"[^"]*"\s*,)?\s*"data"\s*:\s*\[')
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of a byte that is not UTF-8
+
 
 def decoded_lines(path: Path, name: str, notes: Notes) -> Iterator[tuple[int, str]]:
     """Every line, decoded as UTF-8 (a leading byte order mark is dropped), its number counted from 1."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
+                raw = raw.removeprefix(codecs.BOM_UTF8)
             try:
                 yield number, raw.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -31,7 +40,7 @@ def decoded_lines(path: Path, name: str, notes: Notes) -> Iterator[tuple[int, st
 
 
 def _not_utf8(name: str, line: int, raw: bytes, at: int) -> DataError:
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         message, encoding = "the file is UTF-16, not UTF-8", "utf-16"
     else:
         message, encoding = f"byte {at + 1} of the line (0x{raw[at]:02x}) is not UTF-8", "latin-1"
@@ -41,28 +50,33 @@ def _not_utf8(name: str, line: int, raw: bytes, at: int) -> DataError:
 def jsonl_records(path: Path, name: str, notes: Notes) -> Iterator[Record]:
     """One JSON object a line; blank lines are nothing."""
     for number, line in decoded_lines(path, name, notes):
-        if line.strip():
-            record = json_object(line, name, number, notes)
-            if record is not None:
-                yield number, record
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            notes.bad(DataError("json", name, number, f"broken JSON ({_json_fault(error)})"))
+            continue
+        yield from _as_record(value, name, number, notes)
 
 
-def json_object(text: str, name: str, line: int, notes: Notes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-        what = error.msg[:1].lower() + error.msg[1:] if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        notes.bad(DataError("json", name, line, f"broken JSON ({what}{at})"))
-        return None
-    if not isinstance(value, dict):
-        notes.bad(DataError("schema", name, line, f"{kind_of(value)} stands where a JSON object with named texts should"))
-        return None
-    return value
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg[:1].lower()}{error.msg[1:]}, character {error.colno} of the line"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _as_record(value: Any, name: str, line: int, notes: Notes) -> Iterator[Record]:
+    if isinstance(value, dict):
+        yield line, value
+    elif isinstance(value, str):  # a list of bare texts
+        yield line, {"text": value}
+    else:
+        notes.bad(DataError("schema", name, line, f"{kind_of(value)} stands where an object with named texts should"))
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in words for an error."""
+    """What a value is, in words for an error."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -71,7 +85,143 @@ def kind_of(value: Any) -> str:
         return f"a number ({value})"
     if isinstance(value, str):
         return "a text"
-    return "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+    return (
+        "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+    )
+
+
+class _Window:
+    """A sliding piece of a text file: `text` from `at` on is still to be read; `line` is the line of `at`."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 - closed by `close`
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        self.text, self.at, self.line, self._step = "", 0, 1, WINDOW
+
+    def close(self) -> None:
+        self._file.close()
+
+    def fill(self) -> bool:
+        """Read on, forgetting what is done; False at the end. The step doubles until `advance` resets it (long elements)."""
+        raw = self._file.read(self._step)
+        self._step *= 2
+        self.text, self.at = self.text[self.at :] + self._decoder.decode(raw, final=not raw), 0
+        return bool(raw)
+
+    def advance(self, to: int) -> None:
+        self.line += self.text.count("\n", self.at, to)
+        self.at, self._step = to, WINDOW
+
+    def next_mark(self) -> str:
+        """The next character that is no white space, without passing it; empty at the end of the file."""
+        while True:
+            end = self.at
+            while end < len(self.text) and self.text[end] in " \t\r\n":
+                end += 1
+            self.advance(end)
+            if end < len(self.text):
+                return self.text[end]
+            if not self.fill():
+                return ""
+
+
+def array_items(path: Path, name: str, notes: Notes, opening: re.Pattern[str] = ARRAY) -> Iterator[tuple[int, Any]]:
+    """The elements of the JSON array that `opening` begins, one at a time, each with its line.
+
+    A syntax error ends the reading whatever `notes` does with bad rows, because nobody knows where the next row begins.
+    """
+    window = _Window(path)
+    try:
+        window.fill()
+        start = opening.match(window.text)
+        assert start is not None, f"{name} was taken for a JSON array"
+        window.advance(start.end())
+        while (mark := window.next_mark()) != "]":
+            line, begin = window.line, window.at
+            value, end = _element(window, name) if mark else (None, begin)
+            begin = window.at  # the window may have moved on to take the whole element
+            spoiled = NOT_UTF8.search(window.text, begin, end) if mark else None
+            if spoiled:
+                notes.bad(_not_utf8_at(path, name, line + window.text.count("\n", begin, spoiled.start())))
+            elif mark:
+                yield line, value
+            window.advance(end)
+            mark = window.next_mark()
+            if mark == ",":
+                window.advance(window.at + 1)
+            elif mark != "]":
+                what = (
+                    "the JSON array breaks off: its closing ']' is missing"
+                    if not mark
+                    else "a ',' is missing before this row"
+                )
+                raise DataError("json", name, window.line, what, "save the whole file again")
+    finally:
+        window.close()
+
+
+def _element(window: _Window, name: str) -> tuple[Any, int]:
+    decoder = json.JSONDecoder()
+    more = True
+    while True:
+        try:
+            return decoder.raw_decode(window.text, window.at)
+        except RecursionError:
+            raise DataError("json", name, window.line, "broken JSON (nested too deeply)") from None
+        except json.JSONDecodeError as error:
+            cut = error.msg.startswith("Unterminated string") or error.pos >= len(window.text) - MARGIN
+            if more and cut:
+                more = window.fill()
+                continue
+            line = window.line + window.text.count("\n", window.at, error.pos)
+            message = error.msg[:1].lower() + error.msg[1:]
+            raise DataError("json", name, line, f"broken JSON ({message})", "correct the file") from None
+
+
+def _not_utf8_at(path: Path, name: str, line: int) -> DataError:
+    with open(path, "rb") as file:
+        raw = next(raw for number, raw in enumerate(file, 1) if number == line)
+    at = next((error.start for error in [_decode_error(raw)] if error), 0)
+    return _not_utf8(name, line, raw, at)
+
+
+def _decode_error(raw: bytes) -> UnicodeDecodeError | None:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error
+    return None
+
+
+def array_records(path: Path, name: str, notes: Notes) -> Iterator[Record]:
+    """The objects of a JSON array."""
+    for line, value in array_items(path, name, notes):
+        yield from _as_record(value, name, line, notes)
+
+
+def squad_records(path: Path, name: str, notes: Notes) -> Iterator[Record]:
+    """`question`, `context` and `query_id` of every question of a SQuAD file; those without an answer are left out.
+
+    Rajpurkar et al. 2016 and 2018: data → paragraphs (context) → qas (question, id, is_impossible).
+    """
+    for line, article in array_items(path, name, notes, SQUAD):
+        try:
+            for paragraph in article["paragraphs"]:
+                for asked in paragraph["qas"]:
+                    if not asked.get("is_impossible"):
+                        yield (
+                            line,
+                            {
+                                "question": asked["question"],
+                                "context": paragraph["context"],
+                                "query_id": asked.get("id"),
+                            },
+                        )
+        except (KeyError, TypeError, AttributeError) as error:
+            missing = f"no {error}" if isinstance(error, KeyError) else "a value of another type"
+            notes.bad(
+                DataError("schema", name, line, f"not as SQuAD has it ({missing}): paragraphs, context, qas, question")
+            )
 
 
 def delimited_records(
@@ -83,16 +233,15 @@ def delimited_records(
     width; with one a wider row is a problem, because a text has been cut in two.
     """
     csv.field_size_limit(sys.maxsize)
-    begun: list[int] = []  # the number of the first line that the record in hand took
+    begun: list[int] = []  # the numbers of the lines that the record in hand took
 
     def lines() -> Iterator[str]:
         for number, line in decoded_lines(path, name, notes):
             begun.append(number)
             yield line
 
-    reader = csv.reader(
-        lines(), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=quoted
-    )
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    reader = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=quoted)
     names: list[str] | None = None
     while True:
         begun.clear()
@@ -101,7 +250,7 @@ def delimited_records(
         except StopIteration:
             return
         except csv.Error as error:
-            notes.bad(DataError("csv", name, begun[0] if begun else 0, f"broken quoting ({error})"))
+            notes.bad(DataError("csv", name, begun[0], f"broken quoting ({error})"))
             continue
         if not cells:
             continue
@@ -111,6 +260,39 @@ def delimited_records(
             names = [cell.strip() for cell in cells]
         elif len(cells) > len(names):
             message = f"the row has {len(cells)} cells, the header {len(names)}"
-            notes.bad(DataError("csv", name, begun[0], message, "quote texts that contain the separator"))
+            notes.bad(DataError("csv", name, begun[0], message, "quote the texts that hold the separator"))
         else:
             yield begun[0], dict(zip(names, cells, strict=False))
+
+
+def parquet_records(path: Path, name: str, columns: list[str] | None) -> Iterator[Record]:
+    """Rows of a Parquet file, of the named columns only; the "line" is the row, counted from 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield row, record
+    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+        what = str(error).splitlines()[0]
+        raise DataError(
+            "parquet", name, 0, f"not a readable Parquet file after row {row:,} ({what})", "write it again"
+        ) from None
+
+
+def text_records(path: Path, name: str, notes: Notes) -> Iterator[Record]:
+    """One text a line, stripped; blank lines are nothing."""
+    for number, line in decoded_lines(path, name, notes):
+        if text := line.strip():
+            yield number, {"text": text}
+
+
+def conllu_records(path: Path, name: str, notes: Notes) -> Iterator[Record]:
+    """The sentences of a CoNLL-U treebank, from its `# text = ` lines."""
+    for number, line in decoded_lines(path, name, notes):
+        if line.startswith("# text = "):
+            yield number, {"text": line.removeprefix("# text = ").strip()}

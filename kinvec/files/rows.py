@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from kinvec.files.problems import BadValue
-from kinvec.files.records import kind_of
+from kinvec.files.problems import BadValue, DataError, Notes
+from kinvec.files.records import Record, kind_of
 from kinvec.files.writing import text_id
 
 _TEXTS, _PLACE = pa.list_(pa.string()), [pa.field("file", pa.int32()), pa.field("line", pa.int64())]
@@ -54,7 +54,9 @@ def retrieval_row(record: Mapping[str, Any], columns: Columns) -> Row:
     return judged_row(query_id, query, kept, judged_out + negatives)
 
 
-def judged_row(query_id: str, query: str, positives: Sequence[tuple[str, str, float]], negatives: Sequence[tuple[str, str, float]]) -> Row:
+def judged_row(
+    query_id: str, query: str, positives: Sequence[tuple[str, str, float]], negatives: Sequence[tuple[str, str, float]]
+) -> Row:
     """A retrieval row from (id, text, score) triples."""
     pos, neg = ([list(part) for part in zip(*some, strict=True)] or [[], [], []] for some in (positives, negatives))
     return (query_id, query, *pos, *neg)
@@ -71,13 +73,13 @@ def labelled_row(record: Mapping[str, Any], columns: Columns) -> Row:
 
 
 def texts_row(record: Mapping[str, Any], columns: Columns) -> Row:
-    """text."""
+    """Text."""
     return (text_of(record, columns, "text"),)
 
 
 def pairs_row(record: Mapping[str, Any], columns: Columns) -> Row:
     """first, second, score."""
-    score = _number(_cell(record, _name(columns, "score")), _name(columns, "score"))
+    score = number_of(_cell(record, _name(columns, "score")), _name(columns, "score"))
     return text_of(record, columns, "first"), text_of(record, columns, "second"), score
 
 
@@ -144,13 +146,19 @@ def _ids(record: Mapping[str, Any], columns: Columns, role: str, texts: list[str
     value = record.get(_name(columns, role)) if role in columns else None
     if value is None or value == "":
         return [text_id(text) for text in texts]
-    name, ids = _name(columns, role), as_list(value)
-    for identity in ids:
-        if not isinstance(identity, str) or not identity.strip():
-            what = kind_of(identity) if identity != "" else "empty"
-            raise BadValue("id", f"'{name}' is {what}; ids are texts", f'write the id in quotes, such as "{identity or 1}"')
-    _same_length(name, ids, texts)
+    ids = ids_of(value, _name(columns, role))
+    _same_length(_name(columns, role), ids, texts)
     return ids
+
+
+def ids_of(value: Any, name: str) -> list[str]:
+    """One id or a list of ids as a list; anything but texts is a `BadValue`."""
+    for identity in as_list(value):
+        if not isinstance(identity, str) or not identity.strip():
+            what = "empty" if isinstance(identity, str) else kind_of(identity)
+            example = identity if isinstance(identity, int | float) else "d1"
+            raise BadValue("id", f"'{name}' is {what}; ids are texts", f'write the id in quotes, as in "{example}"')
+    return as_list(value)
 
 
 def _scores(record: Mapping[str, Any], columns: Columns, role: str, default: list[float]) -> list[float]:
@@ -159,7 +167,7 @@ def _scores(record: Mapping[str, Any], columns: Columns, role: str, default: lis
         return default
     name, scores = _name(columns, role), as_list(value)
     _same_length(name, scores, default)
-    return [_number(score, name) for score in scores]
+    return [number_of(score, name) for score in scores]
 
 
 def _same_length(name: str, values: list[Any], documents: Sequence[Any]) -> None:
@@ -167,7 +175,7 @@ def _same_length(name: str, values: list[Any], documents: Sequence[Any]) -> None
         raise BadValue("schema", f"'{name}' has {len(values)} entries for {len(documents)} documents")
 
 
-def _number(value: Any, name: str) -> float:
+def number_of(value: Any, name: str) -> float:
     """A finite number; a cell of a text file counts where it reads as one."""
     try:
         number = math.nan if isinstance(value, bool | list | dict) or value is None else float(value)
@@ -179,12 +187,29 @@ def _number(value: Any, name: str) -> float:
     return number
 
 
-def parsed_cell(cell: str) -> Any:
-    """A cell of a delimited file: a JSON list of texts or numbers where it is one (several documents), else the text."""
+def parsed_cells(records: Iterable[Record]) -> Iterator[Record]:
+    """Records of a delimited file, in which a JSON list of texts or numbers in a cell stands for several documents."""
+    for line, record in records:
+        yield line, {name: _parsed_cell(cell) for name, cell in record.items()}
+
+
+def _parsed_cell(cell: str) -> Any:
     if not cell.startswith("["):
         return cell
     try:
         value = json.loads(cell)
-    except ValueError:
+    except (ValueError, RecursionError):
         return cell
     return value if all(isinstance(item, str | int | float) for item in value) else cell
+
+
+def placed_rows(
+    records: Iterable[Record], build: Callable[[Mapping[str, Any], Columns], Row], columns: Columns,
+    name: str, number: int, notes: Notes,
+) -> Iterator[Row]:  # fmt: skip
+    """The rows that records make, each ending in the file's number and the line; what makes none is noted."""
+    for line, record in records:
+        try:
+            yield *build(record, columns), number, line
+        except BadValue as bad:
+            notes.bad(DataError(bad.rule, name, line, bad.message, bad.remedy))

@@ -2,41 +2,221 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kinvec.contracts import Corpus, PairData, RetrievalData
+from kinvec.contracts import Corpus, PairData, Qrels, RetrievalData
 from kinvec.files import beir
-from kinvec.files.arrow import ArrowStrings
-from kinvec.files.problems import DataError, Notes
-from kinvec.files.table import existing, open_data
+from kinvec.files.arrow import ArrowStrings, cached_table, fingerprint_of
+from kinvec.files.forms import Form, form_of, records_of
+from kinvec.files.problems import BadValue, DataError, Notes
+from kinvec.files.roles import ALIASES, KNOWN_COLUMNS, NEEDED, sample_of
+from kinvec.files.rows import Row, as_list, checked_text, ids_of, number_of
+from kinvec.files.sources import existing
+from kinvec.files.table import Table, open_data
+from kinvec.files.writing import text_id
 
+def open_retrieval(
+    source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None
+) -> RetrievalData:
+    """A search problem: a BEIR folder's, or that of retrieval examples (any form, SQuAD too).
 
-def open_retrieval(source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None) -> RetrievalData:
-    """A search problem from a BEIR folder."""
-    path = existing(str(source))
-    return _open_beir(path, split)
+    The distinct documents of examples, positives and negatives, are the corpus; negatives are judged 0, positives with
+    their score if it is a whole number above 0, else 1. Raises `DataError` where one id has two texts, or a judged query
+    of a BEIR folder has none.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and beir.is_beir(path):
+        return _open_beir(path, split)
+    table = open_data(source, split=split, kind="retrieval", columns=columns)
+    queries, qrels = _judged(table)
+    key = fingerprint_of(table.fingerprint, "corpus")
+    corpus = cached_table(key, beir.DOCUMENTS, lambda notes: _distinct_documents(table, notes), Notes(), table.source)
+    texts = Corpus(ArrowStrings(corpus, "id"), ArrowStrings(corpus, "text"))
+    return RetrievalData(texts, queries, qrels, table.fingerprint, name=path.stem, split=split)
 
 
 def _open_beir(folder: Path, split: str) -> RetrievalData:
     notes = Notes(strict=True)
     path = beir.qrels_path(folder, split)
-    qrels = beir.read_qrels(path, str(path), notes).grades
-    queries = beir.judged_queries(folder / "queries.jsonl", str(folder / "queries.jsonl"), qrels, notes)
-    missing = next((query for query in qrels if query not in queries), None)
-    if missing is not None:
-        raise DataError("missing", str(path), 0, f"query '{missing}' is judged but is not in queries.jsonl", "add it")
-    corpus = beir.documents(folder / "corpus.jsonl")
-    return RetrievalData(
-        Corpus(ArrowStrings(corpus, "id"), ArrowStrings(corpus, "text")), queries, qrels,
-        beir.beir_fingerprint(folder, split), name=folder.resolve().name, split=split,
-    )  # fmt: skip
+    judgements = beir.read_qrels(path, str(path), notes)
+    qrels, file = judgements.grades, folder / "queries.jsonl"
+    queries = beir.judged_queries(file, str(file), qrels, notes)
+    for query, judged in qrels.items():
+        if query not in queries:
+            line = judgements.lines[query, next(iter(judged))]
+            what = f"query '{query}' is judged but is not in queries.jsonl"
+            raise DataError("missing", str(path), line, what, "add it, or drop the judgement")
+    corpus = beir.documents(folder / "corpus.jsonl", notes)
+    texts = Corpus(ArrowStrings(corpus, "id"), ArrowStrings(corpus, "text"))
+    fingerprint = beir.beir_fingerprint(folder, split)
+    return RetrievalData(texts, queries, qrels, fingerprint, name=folder.resolve().name, split=split)
 
 
-def open_pairs(source: str | Path, *, columns: Mapping[str, Any] | None = None) -> PairData:
-    """Scored pairs (semantic textual similarity) of one file."""
-    table = open_data(source, kind="pairs", columns=columns)
+def _judged(table: Table) -> tuple[dict[str, str], Qrels]:
+    queries: dict[str, str] = {}
+    qrels: Qrels = {}
+    for row in _rows(table, ["query_id", "query", "pos_id", "pos_score", "neg_id", "file", "line"]):
+        query_id, query, positives, scores, negatives, file, line = row
+        if queries.setdefault(query_id, query) != query:
+            raise _two_texts(table, "query_id", query_id, file, line)
+        judged = qrels.setdefault(query_id, {})
+        for document in negatives:
+            judged.setdefault(document, 0)
+        for document, score in zip(positives, scores, strict=True):
+            judged[document] = max(judged.get(document, 0), int(score) if score.is_integer() else 1)
+    return queries, qrels
+
+
+def _distinct_documents(table: Table, notes: Notes) -> Iterator[Row]:
+    """id, text and line of every document of the examples, once, in order of appearance."""
+    seen: dict[str, int] = {}
+    for ids, texts, negative_ids, negatives, file, line in _rows(
+        table, ["pos_id", "pos_doc", "neg_id", "neg_doc", "file", "line"]
+    ):
+        for identity, text in zip(ids + negative_ids, texts + negatives, strict=True):
+            known, key = seen.get(identity), hash(text)
+            if known is None:
+                seen[identity] = key
+                yield identity, text, line
+            elif known != key:
+                notes.bad(_two_texts(table, "document id", identity, file, line))
+
+
+def _two_texts(table: Table, what: str, identity: str, file: int, line: int) -> DataError:
+    message = f"the {what} '{identity}' stands for another text than before"
+    return DataError("conflict", table.files[file], line, message, "give each text its own id")
+
+
+def _rows(table: Table, columns: list[str]) -> Iterator[tuple[Any, ...]]:
+    for batch in table.batches(columns):
+        yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+
+
+def open_pairs(
+    source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None
+) -> PairData:
+    """Scored pairs of texts (semantic textual similarity); `split` picks the part of a folder or hub data set."""
+    table = open_data(source, split=split, kind="pairs", columns=columns)
     first, second = (ArrowStrings(table.arrow, name) for name in ("first", "second"))
-    scores = table.rows["score"].to_pylist()
-    return PairData(first, second, scores, table.fingerprint, name=Path(source).stem)
+    scores = [score for batch in table.batches(["score"]) for score in batch.column(0).to_pylist()]
+    return PairData(first, second, scores, table.fingerprint, name=Path(source).stem, split=split)
+
+
+def read_queries(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, str]]:
+    """(id, text) of every query of a source, in its order, streamed.
+
+    A file of queries (`_id` or `query_id` beside `text`, `query` or `question`; or one text a line), or the one in a BEIR
+    folder, gives every row; retrieval examples give each query once. A query without an id has one made from its text.
+    Raises `DataError` at the first row that is no query.
+    """
+    return _texts(str(source), QUERIES, split)
+
+
+def read_documents(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, str]]:
+    """(id, text) of every document of a source, in its order, streamed; a title is joined in front by one space.
+
+    As `read_queries`; retrieval examples give each positive and negative once. Empty documents of a corpus are given too.
+    """
+    return _texts(str(source), DOCUMENTS, split)
+
+
+def read_judgements(source: str | Path) -> Iterator[tuple[str, str, int]]:
+    """(query id, document id, grade) of every row of a query file that carries `doc_id` (a text or a list), streamed.
+
+    The grade is the row's `score` where it has one, else 1. Nothing where the rows carry no document ids.
+    """
+    path = existing(str(source))
+    if path.is_dir():
+        return
+    for name, line, record in _records(path, str(source), QUERIES):
+        try:
+            yield from _judged_by(record)
+        except BadValue as bad:
+            raise DataError(bad.rule, name, line, bad.message, bad.remedy) from None
+
+
+def _judged_by(record: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+    key = next((key for key in ("doc_id", "pos_id") if record.get(key)), None)
+    if key is None:
+        return
+    query_id, _ = _entry(record, QUERIES)
+    documents, scores = ids_of(record[key], key), as_list(record.get("score", 1.0))
+    if len(scores) not in (1, len(documents)):
+        raise BadValue("schema", f"'score' has {len(scores)} entries for {len(documents)} documents")
+    for document, score in zip(documents, scores * (len(documents) if len(scores) == 1 else 1), strict=True):
+        yield query_id, document, int(number_of(score, "score"))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What makes a file one of queries or of documents: the columns its ids and texts are known by, the first found wins."""
+
+    beir_file: str
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    columns: tuple[tuple[str, str], ...]  # where they stand in retrieval rows: (ids, texts)
+    may_be_empty: bool
+
+
+QUERIES = _Side(
+    "queries.jsonl", ("_id", "query_id", "qid", "id"), ("query", "question", "text", "anchor", "sentence"),
+    (("query_id", "query"),), False,
+)  # fmt: skip
+DOCUMENTS = _Side(
+    "corpus.jsonl", ("_id", "doc_id", "docid", "id"), ("text", "doc", "document", "passage", "contents", "sentence"),
+    (("pos_id", "pos_doc"), ("neg_id", "neg_doc")), True,
+)  # fmt: skip
+
+
+def _texts(source: str, side: _Side, split: str) -> Iterator[tuple[str, str]]:
+    path = existing(source)
+    if path.is_dir() and beir.is_beir(path):
+        path, source = path / side.beir_file, str(path / side.beir_file)
+    if path.is_dir() or _holds_examples(path, source, side):
+        yield from _of_examples(open_data(source, split=split, kind="retrieval"), side)
+        return
+    for name, line, record in _records(path, source, side):
+        try:
+            yield _entry(record, side)
+        except BadValue as bad:
+            raise DataError(bad.rule, name, line, bad.message, bad.remedy) from None
+
+
+def _holds_examples(path: Path, source: str, side: _Side) -> bool:
+    names = {name for record in sample_of(path, source, _form(path, source, side)) for name in record}
+    aliases = ALIASES["retrieval"]
+    return all(any(alias in names for alias in aliases[role]) for role in NEEDED["retrieval"])
+
+
+def _form(path: Path, source: str, side: _Side) -> Form:
+    return form_of(path, source, {*KNOWN_COLUMNS, *side.ids, *side.texts})
+
+
+def _records(path: Path, source: str, side: _Side) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    for line, record in records_of(path, source, _form(path, source, side), Notes(strict=True)):
+        yield source, line, record
+
+
+def _entry(record: Mapping[str, Any], side: _Side) -> tuple[str, str]:
+    name = next((name for name in side.texts if name in record), None)
+    if name is None:
+        raise BadValue("schema", f"none of {', '.join(side.texts)} is in the row (it has {', '.join(record) or 'nothing'})")
+    text = checked_text(record[name], name, may_be_empty=side.may_be_empty)
+    if side is DOCUMENTS and record.get("title"):
+        text = f"{checked_text(record['title'], 'title')} {text}"
+    text = text.strip() if side is DOCUMENTS else text
+    key = next((key for key in side.ids if record.get(key) not in (None, "")), None)
+    return (ids_of(record[key], key)[0] if key else text_id(text)), text
+
+
+def _of_examples(table: Table, side: _Side) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    for row in _rows(table, [column for pair in side.columns for column in pair]):
+        for ids, texts in zip(row[::2], row[1::2], strict=True):
+            for identity, text in zip(as_list(ids), as_list(texts), strict=True):
+                if identity not in seen:
+                    seen.add(identity)
+                    yield identity, text
