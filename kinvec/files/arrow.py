@@ -1,6 +1,6 @@
 """Rows kept as an Arrow file in the cache and memory-mapped: however large the data, Python holds one batch of it.
 
-A cached table is `NAME.arrow` and, written after it, `NAME.json` (row count, bytes, notes); the pair is valid or absent.
+A cached table is `NAME.arrow` and, written after it, `NAME.json` (row count, bytes, notes): a pair, or nothing.
 The name is a fingerprint of the content read, of how it was read and of the reader's version.
 """
 
@@ -11,6 +11,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -24,7 +25,11 @@ from kinvec.files.writing import beside_path, content_fingerprint, write_json
 
 READER_VERSION = 1  # raise it whenever the same file would be read into other rows
 BATCH_ROWS, BATCH_CHARACTERS = 4096, 8 << 20  # a record batch is closed at whichever comes first
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = "the disk is full"
+UNWRITABLE = {
+    errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL,
+    errno.EACCES: "the folder may not be written to", errno.EROFS: "the disk is read-only",
+}  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -78,9 +83,9 @@ class ArrowTable:
         return self._mapped[number], row - (self._ends[number - 1] if number else 0)
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Every batch in order, through reads that are freed again, so that a pass over all rows takes one batch's memory.
+        """Every batch in order, by plain reads into memory that is freed again: a pass takes one batch's memory.
 
-        (Pages of a memory map count as the process's own until the machine wants them back.)
+        (The pages of a memory map count as the process's own until the machine wants them back.)
         """
         with pa.OSFile(str(self.path)) as file:
             fields = None if columns is None else [self.schema.get_field_index(name) for name in columns]
@@ -128,8 +133,9 @@ def cached_table(
     found = _read_manifest(path, manifest)
     if found is None:
         own = Notes(notes.strict)
-        rows = _write(path, schema, produce, own)
-        write_json(manifest, {"rows": rows, "bytes": path.stat().st_size, **own.to_json(root)})
+        with _or_nothing(path, manifest):
+            rows = _write(path, schema, produce(own))
+            write_json(manifest, {"rows": rows, "bytes": path.stat().st_size, **own.to_json(root)})
     else:
         own = Notes.from_json(found, root)
     notes.take(own)
@@ -144,28 +150,35 @@ def _read_manifest(path: Path, manifest: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write(path: Path, schema: pa.Schema, produce: Callable[[Notes], Iterable[tuple[Any, ...]]], notes: Notes) -> int:
+def _write(path: Path, schema: pa.Schema, rows: Iterable[tuple[Any, ...]]) -> int:
     beside = beside_path(path)
     written = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for batch in _record_batches(schema, produce(notes)):
+            for batch in _record_batches(schema, rows):
                 writer.write_batch(batch)
                 written += batch.num_rows
         os.replace(beside, path)
-    except OSError as error:
+    finally:
         beside.unlink(missing_ok=True)
-        if error.errno in DISK_FULL:
-            raise KinvecError(
-                f"the disk is full: the memory-mapped copy of the data could not be written to {path.parent}; free some space "
-                "or set KINVEC_CACHE to a folder on another disk"
-            ) from None
-        raise
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
     return written
+
+
+@contextmanager
+def _or_nothing(path: Path, manifest: Path) -> Iterator[None]:
+    """Leave nothing behind if writing fails, and say what to do about a disk that is full or not ours to write on."""
+    try:
+        yield
+    except BaseException as error:
+        for file in (path, manifest):
+            with suppress(OSError):
+                file.unlink()
+        if not isinstance(error, OSError) or error.errno not in UNWRITABLE:
+            raise
+        why = UNWRITABLE[error.errno]
+        message = f"{path.parent}: {why}, and the memory-mapped copy of the data belongs there"
+        raise KinvecError(f"{message}; free some space, or set KINVEC_CACHE to a folder elsewhere") from None
 
 
 def _record_batches(schema: pa.Schema, rows: Iterable[tuple[Any, ...]]) -> Iterator[pa.RecordBatch]:

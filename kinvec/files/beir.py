@@ -1,4 +1,4 @@
-"""The BEIR folder: `corpus.jsonl` (_id, title, text), `queries.jsonl` (_id, text), `qrels/<split>.tsv` (graded, header optional).
+"""The BEIR folder: `corpus.jsonl` (_id, title, text), `queries.jsonl` (_id, text), `qrels/<split>.tsv` (graded).
 
 The corpus becomes a memory-mapped table; of queries and judgements only those of one split are held.
 """
@@ -33,6 +33,7 @@ class Judgements:
 
 
 def is_beir(folder: Path) -> bool:
+    """Whether a folder has the two files that make it one; judgements are asked for by split."""
     return (folder / "corpus.jsonl").is_file() and (folder / "queries.jsonl").is_file()
 
 
@@ -65,8 +66,8 @@ def beir_fingerprint(folder: Path, split: str) -> str:
 def documents(path: Path, notes: Notes) -> ArrowTable:
     """A corpus as a memory-mapped table (id, text, line); the text is title and text joined by one space, stripped.
 
-    An empty document is kept: published evaluations keep it too. A row that is no document, or a second one of the same id,
-    is noted.
+    An empty document is kept: published evaluations keep it too. What is noted: a row that is no document, and the
+    second of an id.
     """
     name = str(path)
 
@@ -100,6 +101,7 @@ def _repeated(keys: array[int], lines: array[int]) -> list[int]:
 
 
 def identity(record: dict[str, Any]) -> str:
+    """The `_id` of a query or document; a `BadValue` if it is missing or no text."""
     value = record.get("_id")
     if not isinstance(value, str) or not value:
         what = "missing" if "_id" not in record else "empty" if value == "" else kind_of(value)

@@ -104,7 +104,7 @@ def _delimited(text: str, delimiters: str, known_columns: Collection[str], *, wh
 
 
 def _is_quoted(text: str, delimiter: str) -> bool:
-    """Whether quotes enclose cells. In tab-separated text they often stand for themselves: then strict parsing breaks."""
+    """Whether quotes enclose cells. Between tabs they often stand for themselves: then strict parsing breaks."""
     if delimiter != "\t":
         return True
     try:

@@ -19,6 +19,7 @@ HUB_NAME = re.compile(r"(hub:)?(?P<name>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<confi
 
 
 def is_saved(path: Path) -> bool:
+    """Whether a folder is what `save_to_disk` writes."""
     return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
 
 
@@ -29,7 +30,7 @@ def is_hub_name(source: str) -> bool:
 
 
 def open_saved(path: Path, split: str) -> Dataset:
-    """A data set that `save_to_disk` wrote; of several, that of the split. Raises `KinvecError` where it is not there."""
+    """A data set that `save_to_disk` wrote; of several, that of the split. Raises `KinvecError` if it is not there."""
     from datasets import DatasetDict, load_from_disk
 
     found = load_from_disk(str(path))
@@ -53,9 +54,8 @@ def open_hub(source: str, split: str) -> Dataset:
         return load_dataset(match["name"], match["config"], split=split)
     except Exception as error:  # the library raises a dozen kinds: no network, no such name, no such split, …
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise KinvecError(
-            f"{source}: there is no such file or folder, and as a hub data set it could not be loaded ({why}); check the name"
-        ) from None
+        what = f"there is no such file or folder, and as a hub data set it could not be loaded ({why})"
+        raise KinvecError(f"{source}: {what}; check the name") from None
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:

@@ -1,4 +1,4 @@
-"""Natural language inference as retrieval examples: a premise, the texts it entails, the texts it contradicts (hard negatives).
+"""Natural language inference as retrieval examples: a premise, what it entails, what it contradicts (hard negatives).
 
 The labelled pairs are spooled to a memory-mapped table first, because those of one premise may stand far apart.
 """
@@ -37,7 +37,7 @@ def nli_row(record: Mapping[str, Any], columns: Columns) -> Row:
 
 
 def part_paths(path: Path, split: str) -> list[Path]:
-    """`s1.SPLIT`, `s2.SPLIT` and `labels.SPLIT` of a folder, or of the folder of one of them; empty if `path` is no such."""
+    """`s1.SPLIT`, `s2.SPLIT`, `labels.SPLIT` of a folder, or beside one of them; empty if there are none."""
     if path.is_dir():
         found = [path / f"{part}.{split}" for part in PARTS]
         if not any(path.glob("s1.*")) or not any(path.glob("labels.*")):
@@ -70,7 +70,7 @@ def line_pairs(paths: list[Path], names: list[str], notes: Notes) -> Iterator[Ro
 
 
 def retrieval_rows(key: str, produce: Callable[[Notes], Iterator[Row]], notes: Notes, root: str) -> Iterator[Row]:
-    """A retrieval row for each premise that entails something, in order of first appearance; neutral pairs are not used."""
+    """A retrieval row for each premise that entails something, in order of appearance; neutral pairs are not used."""
     table = cached_table(f"{key}-pairs", PAIRS, produce, notes, root)
     _, first, group = np.unique(text_keys(ArrowStrings(table, "premise")), return_index=True, return_inverse=True)
     order = np.argsort(group, kind="stable")

@@ -10,7 +10,7 @@ from typing import Any
 from kinvec.contracts import KinvecError
 
 KEPT_PER_RULE = 50  # problems kept with their place; all are counted
-REMEDY = "correct the row, or read with skip_bad to drop and count such rows"
+REMEDY = "correct it, or drop such rows with --skip-bad (train: data.skip_bad=true)"
 
 
 class BadValue(ValueError):
@@ -32,7 +32,7 @@ class DataError(KinvecError):
 
 @dataclass
 class Notes:
-    """What a reader had to say. Strict: the first problem is raised. Otherwise they are counted and the first ones kept."""
+    """What a reader has to say. Strict: the first problem is raised. Else all are counted and the first ones kept."""
 
     strict: bool = True
     kept: list[DataError] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """A file as records: JSONL, JSON arrays, SQuAD, delimited text, Parquet, plain lines and CoNLL-U, each streamed.
 
-A record is a dict of column names to values as they stand in the file, with the line it begins on. What cannot be parsed
-goes to `notes` (which raises it, or counts it) and is left out.
+A record is a dict of column names to values as they stand in the file, with the line it begins on. What cannot be
+parsed goes to `notes` (which raises it, or counts it) and is left out.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class _Window:
         self._file.close()
 
     def fill(self) -> bool:
-        """Read on, forgetting what is done; False at the end. The step doubles until `advance` resets it (long elements)."""
+        """Read on, forgetting what is done; False at the end. The step doubles while one element is not whole yet."""
         raw = self._file.read(self._step)
         self._step *= 2
         self.text, self.at = self.text[self.at :] + self._decoder.decode(raw, final=not raw), 0
@@ -200,28 +200,27 @@ def array_records(path: Path, name: str, notes: Notes) -> Iterator[Record]:
 
 
 def squad_records(path: Path, name: str, notes: Notes) -> Iterator[Record]:
-    """`question`, `context` and `query_id` of every question of a SQuAD file; those without an answer are left out.
+    """`question` and `context` of every question of a SQuAD file; those without an answer are left out.
 
-    Rajpurkar et al. 2016 and 2018: data → paragraphs (context) → qas (question, id, is_impossible).
+    Rajpurkar et al. 2016 and 2018: data → paragraphs (context) → qas (question, is_impossible). Their `id` is not read:
+    in files made from other sets (TyDi QA's gold passages) one id stands for many questions.
     """
     for line, article in array_items(path, name, notes, SQUAD):
         try:
-            for paragraph in article["paragraphs"]:
-                for asked in paragraph["qas"]:
-                    if not asked.get("is_impossible"):
-                        yield (
-                            line,
-                            {
-                                "question": asked["question"],
-                                "context": paragraph["context"],
-                                "query_id": asked.get("id"),
-                            },
-                        )
+            asked = [(p["context"], qa) for p in article["paragraphs"] for qa in p["qas"]]
+            found = [{"question": qa["question"], "context": context} for context, qa in asked if not _unanswerable(qa)]
         except (KeyError, TypeError, AttributeError) as error:
-            missing = f"no {error}" if isinstance(error, KeyError) else "a value of another type"
+            what = f"no {error}" if isinstance(error, KeyError) else "a value of another type"
             notes.bad(
-                DataError("schema", name, line, f"not as SQuAD has it ({missing}): paragraphs, context, qas, question")
+                DataError("schema", name, line, f"not as SQuAD has it: paragraphs, context, qas, question ({what})")
             )
+            continue
+        for record in found:
+            yield line, record
+
+
+def _unanswerable(qa: dict[str, Any]) -> bool:
+    return bool(qa.get("is_impossible"))
 
 
 def delimited_records(
@@ -229,8 +228,8 @@ def delimited_records(
 ) -> Iterator[Record]:
     """Rows of a CSV or TSV. With `header` the first row names the columns, else they are named "0", "1", ….
 
-    A record spanning several lines (a quoted line break) has the number of its first. Without a header rows may differ in
-    width; with one a wider row is a problem, because a text has been cut in two.
+    A record spanning several lines (a quoted line break) has the number of its first. Without a header rows may differ
+    in width; with one a wider row is a problem, because a text has been cut in two.
     """
     csv.field_size_limit(sys.maxsize)
     begun: list[int] = []  # the numbers of the lines that the record in hand took
@@ -240,8 +239,9 @@ def delimited_records(
             begun.append(number)
             yield line
 
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    reader = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=quoted)
+    reader = csv.reader(
+        lines(), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=quoted
+    )
     names: list[str] | None = None
     while True:
         begun.clear()
@@ -273,7 +273,8 @@ def parquet_records(path: Path, name: str, columns: list[str] | None) -> Iterato
     row = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
+            there = [c for c in columns if c in file.schema_arrow.names] if columns else None
+            for batch in file.iter_batches(batch_size=1024, columns=there):
                 for record in batch.to_pylist():
                     row += 1
                     yield row, record

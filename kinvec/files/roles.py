@@ -114,6 +114,7 @@ def roles_of(
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
     """The kind that records like these hold, and the columns of each role."""
     names = list(dict.fromkeys(str(key) for record in sample for key in record))
+    given = {role: ("+".join(parts),) if "+".join(parts) in names else parts for role, parts in given.items()}
     absent = next((part for parts in given.values() for part in parts if part not in names), None)
     have = ", ".join(repr(n) for n in names[:12])
     if absent is not None:
@@ -128,7 +129,8 @@ def roles_of(
         if roles.get("text") == ("headline",) and "short_description" in names:
             roles["text"] = ("headline", "short_description")
         if all(role in roles for role in NEEDED[candidate]) and (candidate != "nli" or _is_nli(sample, roles)):
-            return candidate, roles
+            optional = {role: names[:1] for role, names in ALIASES[candidate].items()}  # may come after the sample
+            return candidate, optional | roles
     wanted = f"{kind} data needs {' and '.join(NEEDED[kind])}" if kind else _nearest(names)
     raise DataError(
         "schema",
@@ -155,7 +157,7 @@ def _is_nli(sample: list[dict[str, Any]], roles: Mapping[str, tuple[str, ...]]) 
 def _by_shape(name: str, sample: list[dict[str, Any]], kind: str | None) -> dict[str, tuple[str, ...]]:
     """The columns of a delimited file without a header, where its shape is known.
 
-    The STS Benchmark: genre, file, year, id, score, first, second, and in some rows two columns of licence (Cer et al. 2017).
+    The STS Benchmark (Cer et al. 2017): genre, file, year, id, score, first, second; in some rows two of licence.
     """
     if kind in (None, "pairs") and all(re.fullmatch(r"\d+(\.\d+)?", r.get("4", "")) and "6" in r for r in sample):
         return {"score": ("4",), "first": ("5",), "second": ("6",)}

@@ -133,12 +133,13 @@ def _documents(record: Mapping[str, Any], columns: Columns, side: str, score: fl
     if side == "neg" and value in (None, ""):
         return []
     values = as_list(value)
-    texts = [checked_text(text, name if len(values) == 1 else f"{name}[{i}]") for i, text in enumerate(values)]
+    texts = [checked_text(text, f"{name}[{i}]" if values is value else name) for i, text in enumerate(values)]
     scores = _scores(record, columns, f"{side}_score", [score] * len(texts))
     return list(zip(_ids(record, columns, f"{side}_id", texts), texts, scores, strict=True))
 
 
 def as_list(value: Any) -> list[Any]:
+    """The value, if it is a list, else a list of it."""
     return value if isinstance(value, list) else [value]
 
 

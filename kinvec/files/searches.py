@@ -18,14 +18,15 @@ from kinvec.files.sources import existing
 from kinvec.files.table import Table, open_data
 from kinvec.files.writing import text_id
 
+
 def open_retrieval(
     source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None
 ) -> RetrievalData:
     """A search problem: a BEIR folder's, or that of retrieval examples (any form, SQuAD too).
 
     The distinct documents of examples, positives and negatives, are the corpus; negatives are judged 0, positives with
-    their score if it is a whole number above 0, else 1. Raises `DataError` where one id has two texts, or a judged query
-    of a BEIR folder has none.
+    their score if it is a whole number, else 1. Raises `DataError` where one id has two texts, or a judged query of a
+    BEIR folder has none.
     """
     path = Path(source).expanduser()
     if path.is_dir() and beir.is_beir(path):
@@ -95,9 +96,7 @@ def _rows(table: Table, columns: list[str]) -> Iterator[tuple[Any, ...]]:
         yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 
 
-def open_pairs(
-    source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None
-) -> PairData:
+def open_pairs(source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None) -> PairData:
     """Scored pairs of texts (semantic textual similarity); `split` picks the part of a folder or hub data set."""
     table = open_data(source, split=split, kind="pairs", columns=columns)
     first, second = (ArrowStrings(table.arrow, name) for name in ("first", "second"))
@@ -108,9 +107,9 @@ def open_pairs(
 def read_queries(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, str]]:
     """(id, text) of every query of a source, in its order, streamed.
 
-    A file of queries (`_id` or `query_id` beside `text`, `query` or `question`; or one text a line), or the one in a BEIR
-    folder, gives every row; retrieval examples give each query once. A query without an id has one made from its text.
-    Raises `DataError` at the first row that is no query.
+    A file of queries (`_id` or `query_id` beside `text`, `query` or `question`; or one text a line), or the one in a
+    BEIR folder, gives every row; retrieval examples give each query once. A query without an id has one made from its
+    text. Raises `DataError` at the first row that is no query.
     """
     return _texts(str(source), QUERIES, split)
 
@@ -118,7 +117,7 @@ def read_queries(source: str | Path, *, split: str = "train") -> Iterator[tuple[
 def read_documents(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, str]]:
     """(id, text) of every document of a source, in its order, streamed; a title is joined in front by one space.
 
-    As `read_queries`; retrieval examples give each positive and negative once. Empty documents of a corpus are given too.
+    As `read_queries`; retrieval examples give each positive and negative once. Empty documents are given too.
     """
     return _texts(str(source), DOCUMENTS, split)
 
@@ -152,7 +151,7 @@ def _judged_by(record: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
 
 @dataclass(frozen=True)
 class _Side:
-    """What makes a file one of queries or of documents: the columns its ids and texts are known by, the first found wins."""
+    """What makes a file one of queries or of documents: names of its ids and texts, the first found wins."""
 
     beir_file: str
     ids: tuple[str, ...]
@@ -203,7 +202,9 @@ def _records(path: Path, source: str, side: _Side) -> Iterator[tuple[str, int, d
 def _entry(record: Mapping[str, Any], side: _Side) -> tuple[str, str]:
     name = next((name for name in side.texts if name in record), None)
     if name is None:
-        raise BadValue("schema", f"none of {', '.join(side.texts)} is in the row (it has {', '.join(record) or 'nothing'})")
+        raise BadValue(
+            "schema", f"none of {', '.join(side.texts)} is in the row (it has {', '.join(record) or 'nothing'})"
+        )
     text = checked_text(record[name], name, may_be_empty=side.may_be_empty)
     if side is DOCUMENTS and record.get("title"):
         text = f"{checked_text(record['title'], 'title')} {text}"

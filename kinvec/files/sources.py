@@ -1,4 +1,4 @@
-"""What a user names, a file, a folder or a hub data set, as a plan: which rows of which kind, from which files, by which key."""
+"""What a user names, a file, a folder or a hub data set, as a plan: which rows, of which kind, by which key."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def existing(source: str) -> Path:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The file of a folder, or of its `data/`, that a split's name ends (`train.csv`, `sts-train.csv`), or its numbered parts.
+    """The file of a folder, or of its `data/`, whose name ends in a split's (`sts-train.csv`), or its numbered parts.
 
-    A folder with a single data file has it for its `train` split. Raises `KinvecError` where there is none, or a choice.
+    A folder with a single data file has it for its `train` split. Raises `KinvecError` where there is none or a choice.
     """
     everything = sorted(p for d in (folder, folder / "data") if d.is_dir() for p in d.iterdir() if p.suffix in SUFFIXES)
     for name in (split, *OTHER_NAMES.get(split, ())):
@@ -129,13 +129,11 @@ def _files_plan(paths: list[Path], source: str, kind: str | None, columns: Mappi
     names = [source if len(paths) == 1 and paths[0] == Path(source).expanduser() else str(path) for path in paths]
     layout = layout_of(paths[0], names[0], kind, columns)
     key = fingerprint_of([content_fingerprint(path) for path in paths], layout.options())
-    wanted = None  # set columns only where every role's are there, so that optional ones may be absent in a part
+    wanted = sorted({part for parts in layout.columns.values() for part in parts})
 
     def reader(path: Path, name: str) -> Callable[[Notes], Iterator[Record]]:
         return lambda notes: records_of(path, name, layout.form, notes, wanted)
 
-    if layout.form.name == "parquet":
-        wanted = sorted({part for parts in layout.columns.values() for part in parts})
     return _plan_of_records(layout, key, [(n, reader(p, n)) for p, n in zip(paths, names, strict=True)], source)
 
 

@@ -64,9 +64,9 @@ def open_data(
 ) -> Table:  # fmt: skip
     """Open training data of any form as a memory-mapped table: a file, a folder, or the name of a hub data set.
 
-    `split` picks a folder's or data set's part; `kind` (retrieval, pairs, labelled, texts) and `columns` (role → column,
-    several joined by '+') override what is detected. Raises `DataError`, a `KinvecError`, for the first bad row, naming
-    file, line and remedy; with `skip_bad` bad rows are dropped and counted. Raises `KinvecError` if there is no such source.
+    `split` picks a folder's or data set's part; `kind` (retrieval, pairs, labelled, texts) and `columns` (role →
+    column, several joined by '+') override what is detected. Raises `DataError`, a `KinvecError`, for the first bad row, naming
+    file, line and remedy; with `skip_bad` bad rows are dropped and counted. Raises `KinvecError` if there is no source.
     """
     source = str(source)
     notes = Notes(strict=not skip_bad)
