@@ -137,6 +137,11 @@ def read_values(path: Path) -> dict[str, Any]:
     return manifest["values"]
 
 
+def names(path: Path) -> set[str]:
+    """Names of the checkpoint's tensors."""
+    return set(_read_metadata(path).state_dict_metadata)
+
+
 def load_into(path: Path, tensors: dict[str, Tensor]) -> None:
     """Fill the given tensors, in place, from the checkpoint. Raises `KinvecError` when names or shapes do not match."""
     reader = SafeReader(path)

@@ -1,0 +1,354 @@
+"""What a run is: recipe → data → evaluation of the base → training → evaluation of the tuned model → report.
+
+Everything a run makes is in its folder; the same command on the same folder continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from kinvec import tasks
+from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precision, set_threads
+from kinvec.card import write_card
+from kinvec.config import differences, dump
+from kinvec.console import say
+from kinvec.contracts import KinvecError, RetrievalData
+from kinvec.embedder import Embedder, Normalize, open_folder
+from kinvec.files import Table, open_data, open_retrieval, write_json, write_text
+from kinvec.objectives import make_objective
+from kinvec.recipe import Recipe
+from kinvec.sampling import as_retrieval, hold_out, pair_source
+from kinvec.trainer import fit
+
+RUN_FILE = "run.json"  # its presence says that a folder is a run of ours
+DEV_METRIC = "nDCG@10"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on, chooses by, and is judged by. `examples` are the table's rows that are trained on."""
+
+    table: Table
+    examples: Int[np.ndarray, " E"]
+    dev: RetrievalData | None
+    test: RetrievalData | None
+    warnings: list[str]
+
+
+def run(recipe: Recipe, force: bool = False) -> dict[str, Any]:
+    """Do the whole run, or what is left of it; returns its summary.
+
+    Raises `KinvecError` or `RecipeError` for bad data, a bad model or a folder that is not this run's, before the
+    folder is made.
+    """
+    set_threads(recipe.threads)
+    objective = make_objective(recipe.objective)
+    data = open_run_data(recipe)
+    embedder = open_model(recipe)
+    folder = claim_folder(recipe, data, embedder, force)
+    if (folder / "summary.json").is_file():
+        say(f"{folder}: this run is finished; --force starts it afresh")
+        return json.loads((folder / "summary.json").read_text("utf-8"))
+    for warning in data.warnings:
+        say(f"warning: {warning}")
+    if recipe.evaluate:
+        evaluate_into(folder / "results" / "base", embedder, data.test)
+    trained = _train(recipe, folder, embedder, objective, data)
+    if recipe.evaluate:
+        evaluate_into(folder / "results" / "tuned", embedder, data.test)
+    summary = _finish(recipe, folder, embedder, data, trained)
+    if recipe.push_to_hub:
+        push(folder / "model", recipe.push_to_hub)
+    return summary
+
+
+def open_run_data(recipe: Recipe) -> RunData:
+    """Open all data of the run; nothing of a model is loaded before this has succeeded."""
+    settings = recipe.data
+    table = open_data(
+        settings.train, split=settings.split, kind=settings.kind, columns=settings.columns, skip_bad=settings.skip_bad
+    )
+    if table.kind != "retrieval":
+        raise KinvecError(
+            f"{settings.train}: holds {table.kind}; contrastive training needs queries with positive documents"
+        )
+    warnings = list(table.warnings)
+    if table.dropped:
+        warnings.append(f"{table.dropped:,} bad rows were dropped (data.skip_bad)")
+    examples = np.arange(len(table))
+    test = _named_test(recipe)
+    if test is None and recipe.evaluate and settings.holdout:
+        examples, held = _hold_out(table, examples, settings.holdout, "test")
+        test = as_retrieval(table, held, settings.distractors, "test")
+    dev = None
+    if settings.dev is not None:
+        dev = open_retrieval(settings.dev, split="dev", columns=settings.columns)
+    elif settings.holdout and recipe.trainer.eval_every != 0:
+        examples, held = _hold_out(table, examples, settings.holdout, "dev")
+        dev = as_retrieval(table, held, settings.distractors, "dev")
+    if not len(examples):
+        raise KinvecError(f"{settings.train}: no query is left to train on; lower data.holdout or give more data")
+    if test is not None:
+        shared = _shared_queries(table, examples, test)
+        if shared:
+            warnings.append(
+                f"{shared} training queries are also test queries: the gain will look too good (kinvec check says which)"
+            )
+    return RunData(table, examples, dev, test, warnings)
+
+
+def _named_test(recipe: Recipe) -> RetrievalData | None:
+    """The test data named in the recipe, else the test split beside a BEIR folder's training split."""
+    settings = recipe.data
+    if not recipe.evaluate:
+        return None
+    if settings.test is not None:
+        return open_retrieval(settings.test, split=settings.test_split, columns=settings.columns)
+    if (Path(settings.train) / "qrels" / f"{settings.test_split}.tsv").is_file():
+        return open_retrieval(settings.train, split=settings.test_split)
+    return None
+
+
+def _hold_out(table: Table, examples: np.ndarray, share: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+    kept, held = hold_out(table, share, name)
+    return np.intersect1d(examples, kept), np.intersect1d(examples, held)
+
+
+def _shared_queries(table: Table, examples: np.ndarray, test: RetrievalData) -> int:
+    known = {" ".join(text.split()).lower() for text in test.queries.values()}
+    chosen = set(examples.tolist())
+    shared = row = 0
+    for batch in table.batches(["query"]):
+        for query in batch.column("query").to_pylist():
+            shared += row in chosen and " ".join(query.split()).lower() in known
+            row += 1
+    return shared
+
+
+def open_model(recipe: Recipe) -> Embedder:
+    """The model to start from, in float32, with the recipe's prompts and adapters on."""
+    device = resolve_device(recipe.device)
+    embedder = open_folder(recipe.model, recipe.data.max_length)
+    embedder.precision = resolve_precision(recipe.precision, device)
+    embedder.prompts |= recipe.prompts
+    if recipe.pool_prompt is not None:
+        embedder.include_prompt = recipe.pool_prompt
+    if embedder.similarity == "cosine" and not any(isinstance(module, Normalize) for module in embedder.head):
+        embedder.head.append(Normalize())  # trained by cosine: say so in the folder, so that no reader forgets it
+    return embedder.to(device)
+
+
+def claim_folder(recipe: Recipe, data: RunData, embedder: Embedder, force: bool) -> Path:
+    """The run folder: made, or recognised as this run's. Inputs are compared by content, not by path.
+
+    Raises `KinvecError` for a folder that is not ours, and for one of a run with other settings, naming them.
+    """
+    folder = Path(recipe.out)
+    identity = {
+        "format": 1,
+        "settings": _identity(recipe),
+        "inputs": {"model": embedder.fingerprint, "train": data.table.fingerprint}
+        | {name: part.fingerprint for name, part in (("dev", data.dev), ("test", data.test)) if part is not None},
+    }
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / RUN_FILE).is_file():
+            raise KinvecError(f"{folder}: the folder is not empty and not a run of kinvec; choose another out=")
+        if force:
+            shutil.rmtree(folder)
+        else:
+            _same_run(folder, identity)
+            return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RUN_FILE, identity)
+    write_text(folder / "recipe.yaml", dump(recipe))
+    write_json(folder / "environment.json", environment(embedder))
+    write_json(folder / "data.json", describe_data(data, embedder))
+    return folder
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide the result; where things lie and are sent to does not."""
+    settings = recipe.model_dump(mode="json")
+    for key in ("out", "model", "push_to_hub", "device", "threads"):
+        settings.pop(key)
+    for key in ("train", "dev", "test"):
+        settings["data"].pop(key)
+    for key in ("trackers", "memory_budget", "keep"):
+        settings["trainer"].pop(key)
+    return settings
+
+
+def _same_run(folder: Path, identity: Mapping[str, Any]) -> None:
+    old = json.loads((folder / RUN_FILE).read_text("utf-8"))
+    changed = [*differences(old["settings"], identity["settings"])]
+    changed += [
+        f"the {line.split(':')[0]} data or weights differ" for line in differences(old["inputs"], identity["inputs"])
+    ]
+    if changed:
+        raise KinvecError(
+            f"{folder}: holds a run with other settings ({'; '.join(changed[:5])}); choose another out=, or --force to start afresh"
+        )
+    before = json.loads((folder / "environment.json").read_text("utf-8")).get("threads")
+    if before != torch.get_num_threads():
+        say(f"warning: begun with {before} threads, continued with {torch.get_num_threads()}: last bits may differ")
+
+
+def environment(embedder: Embedder) -> dict[str, Any]:
+    """Versions and machine."""
+    packages = ("kinvec", "torch", "transformers", "peft", "tokenizers", "numpy", "pyarrow", "ir-measures")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "versions": found | {"python": platform.python_version()},
+        "machine": {
+            "processor": platform.machine(),
+            "system": platform.system(),
+            "simd": torch.backends.cpu.get_cpu_capability(),
+        },
+        "threads": torch.get_num_threads(),
+        "device": str(embedder.device),
+        "precision": embedder.precision,
+    }
+
+
+def describe_data(data: RunData, embedder: Embedder, sample: int = 2000) -> dict[str, Any]:
+    """Counts, token lengths over a sample of rows, share of truncated texts, warnings."""
+    rows = data.examples[:: max(1, len(data.examples) // sample)]
+    examples = [data.table.example(int(row)) for row in rows]
+    lengths = {
+        "query": [len(ids) for ids in _untruncated(embedder, [e.query for e in examples])],
+        "document": [len(ids) for ids in _untruncated(embedder, [text for e in examples for text in e.positives])],
+    }
+    counts = {"examples": len(data.examples), "dropped": data.table.dropped}
+    for name, part in (("dev", data.dev), ("test", data.test)):
+        if part is not None:
+            counts |= {f"{name}_queries": len(part.qrels), f"{name}_documents": len(part.corpus)}
+    return {
+        "source": data.table.source,
+        "counts": counts,
+        "max_length": embedder.max_length,
+        "tokens": {side: _length_summary(values, embedder.max_length) for side, values in lengths.items()},
+        "warnings": data.warnings,
+    }
+
+
+def _untruncated(embedder: Embedder, texts: list[str]) -> list[list[int]]:
+    return embedder.tokenizer(texts, verbose=False)["input_ids"] if texts else []
+
+
+def _length_summary(values: list[int], limit: int) -> dict[str, Any]:
+    array = np.array(values or [0])
+    counts, edges = np.histogram(array, bins=min(24, max(1, len(set(values)))))
+    return {
+        "mean": round(float(array.mean()), 1), "p95": float(np.percentile(array, 95)), "max": int(array.max()),
+        "truncated_share": round(float((array > limit).mean()), 4), "sampled": len(values),
+        "histogram": {"counts": counts.tolist(), "edges": [round(float(edge), 1) for edge in edges]},
+    }  # fmt: skip
+
+
+def evaluate_into(folder: Path, embedder: Embedder, data: RetrievalData | None) -> None:
+    """Evaluate on the test data, unless the result is there already."""
+    if data is None:
+        return
+    place = folder / (data.name or "retrieval")
+    if (place / "results.json").is_file():
+        return
+    say(f"evaluating {folder.name} on {len(data.qrels):,} queries over {len(data.corpus):,} documents")
+    tasks.save_result(tasks.retrieval(data, embedder), place)
+
+
+def _train(recipe: Recipe, folder: Path, embedder: Embedder, objective: Any, data: RunData) -> dict[str, Any]:
+    """Train, unless the tuned model is there already; `embedder` then holds it."""
+    done = folder / "training.json"
+    if done.is_file():
+        tuned = open_folder(folder / "model")
+        embedder.load_state_dict(tuned.state_dict())
+        return json.loads(done.read_text("utf-8"))
+    torch.manual_seed(recipe.seed)  # adapters draw their start from it
+    if recipe.lora.rank:
+        add_lora(embedder.backbone, recipe.lora)
+    source = pair_source(data.table, data.examples, recipe.data, recipe.seed)
+    dev = data.dev
+
+    def evaluate(model: Embedder) -> dict[str, float]:
+        assert dev is not None
+        found = tasks.retrieval(dev, model, baseline=False).metrics
+        return {DEV_METRIC: found[DEV_METRIC]} | found
+
+    trained = fit(
+        embedder, objective, source, recipe.trainer, folder, evaluate if dev is not None else None, recipe.seed
+    )
+    merge_lora(embedder.backbone, folder / "adapter" if recipe.lora.rank else None)
+    embedder.lineage.append(_lineage(recipe, data, embedder, trained))
+    embedder.save(folder / "model")
+    write_json(done, trained)
+    return trained
+
+
+def _lineage(recipe: Recipe, data: RunData, embedder: Embedder, trained: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "stage": len(embedder.lineage) + 1,
+        "objective": recipe.objective.name,
+        "base": recipe.model,
+        "recipe": _identity(recipe),
+        "data": data.table.fingerprint,
+        "seed": recipe.seed,
+        "versions": environment(embedder)["versions"],
+        "metrics": {key: trained[key] for key in ("steps", "best_step", "best_score")},
+    }
+
+
+def _finish(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData, trained: dict[str, Any]) -> dict[str, Any]:
+    """Compare, write the card and the page, and the summary last: its presence says that the run is finished."""
+    from kinvec.reporting import build_report
+
+    summary: dict[str, Any] = {"out": str(folder), "model": str(folder / "model"), "training": trained, "results": []}
+    base, tuned = folder / "results" / "base", folder / "results" / "tuned"
+    if recipe.evaluate and data.test is not None:
+        for name in sorted(path.name for path in tuned.iterdir() if path.is_dir()):
+            before, after = tasks.load_result(base / name), tasks.load_result(tuned / name)
+            comparison = tasks.compare(before, after)
+            summary["results"].append(
+                {
+                    "task": name, "queries": comparison.queries, "baselines": before.baselines,
+                    "metrics": {
+                        d.metric: {"base": d.a, "tuned": d.b, "difference": d.difference, "low": d.low, "high": d.high, "p": d.p}
+                        for d in comparison.metrics
+                    },
+                }
+            )  # fmt: skip
+    write_card(folder / "model", recipe, summary, embedder)
+    summary["report"] = str(build_report(folder))
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a model folder to the hub and return its address. Raises `KinvecError` when the hub refuses."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Model tuned with kinvec"))
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise KinvecError(
+            f"push_to_hub: could not upload {folder} as '{name}' ({reason}); the model itself is complete"
+        ) from None

@@ -1,0 +1,238 @@
+"""Examples → batches: which pairs a step sees, and which of its documents may be negatives for which query.
+
+Batch k is a function of (data, seed, k) alone, so a resumed run sees what an uninterrupted one would have seen.
+Shapes: B = queries of the batch, N = its documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kinvec.config import Settings
+from kinvec.contracts import Corpus, Example, RetrievalData
+from kinvec.files import Table, text_key, text_keys
+
+
+class DataSettings(Settings):
+    """What is trained on, and how it is read."""
+
+    train: str = ""
+    """Training data: a BEIR folder, or a file of retrieval examples (JSON array, JSONL, CSV, Parquet), SQuAD, triplets."""
+    dev: str | None = None
+    """Data that chooses the best checkpoint; unset, a share of the training queries is held out for it."""
+    test: str | None = None
+    """Data for the evaluation before and after; unset, the test split of a BEIR folder, else a held-out share."""
+    split: str = "train"
+    """The split of a BEIR folder to train on."""
+    test_split: str = "test"
+    """The split of a BEIR folder to evaluate on."""
+    columns: dict[str, str] | None = None
+    """Names of the columns, where they differ: `{query: question, pos_doc: answer}`."""
+    kind: str | None = None
+    """The kind of data, where detection is wrong: retrieval, labelled, texts or pairs."""
+    skip_bad: bool = False
+    """Drop and count bad rows instead of stopping at the first."""
+    holdout: float = 0.1
+    """Share of the training queries held out where no dev (or test) data is named; 0 holds out none."""
+    distractors: int = 1000
+    """Documents of the training data added to the corpus of a held-out split, to make it a search problem."""
+    negatives_per_query: int = 4
+    """Hard negatives a query brings into the batch, at most; a query with fewer brings those it has."""
+    negatives: Literal["first", "random"] = "first"
+    """Which of more hard negatives: the first (as mined, the hardest), or a random draw at each epoch."""
+    max_length: int | None = None
+    """Tokens at which texts are cut; unset, the model's own maximum."""
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B queries against N documents: row i's positive is document `targets[i]`; hard negatives follow the positives.
+
+    `excluded[i, j]` is True where document j is no negative for query i although it is not its target: it is another known
+    positive, a duplicate of one, or the query's own text. `owner[j]` is the row that brought document j.
+    """
+
+    queries: list[str]
+    documents: list[str]
+    targets: Int[Tensor, " B"]
+    excluded: Bool[Tensor, "B N"]
+    owner: Int[Tensor, " N"]
+    weights: Float[Tensor, " B"]
+    scores: Float[Tensor, " B"]
+    query_ids: list[str]
+
+
+class KnownPositives:
+    """All judged (query, positive) pairs of the training data, by id and by text, as sorted pairs of 64-bit keys."""
+
+    def __init__(self, table: Table) -> None:
+        queries, documents = [], []
+        for batch in table.batches(["query_id", "query", "pos_id", "pos_doc"]):
+            query_ids, texts = batch.column("query_id"), batch.column("query")
+            ids, docs = batch.column("pos_id"), batch.column("pos_doc")
+            counts = np.diff(docs.offsets.to_numpy())
+            by_text = np.repeat(text_keys(texts.to_pylist()), counts)
+            by_id = np.repeat(id_keys(query_ids.to_pylist()), counts)
+            doc_texts, doc_ids = text_keys(docs.flatten().to_pylist()), id_keys(ids.flatten().to_pylist())
+            queries += [by_text, by_text, by_id, by_id]
+            documents += [doc_texts, doc_ids, doc_texts, doc_ids]
+        query_keys, document_keys = np.concatenate(queries), np.concatenate(documents)
+        order = np.lexsort((document_keys, query_keys))
+        self._queries, self._documents = query_keys[order], document_keys[order]
+
+    def of(self, key: int) -> Int[np.ndarray, " n"]:
+        """Keys of all documents known as positives of the query with this key."""
+        first, last = np.searchsorted(self._queries, [key, key], side="left"), None
+        last = np.searchsorted(self._queries, key, side="right")
+        return self._documents[first[0] : last]
+
+
+def id_keys(ids: Sequence[str]) -> Int[np.ndarray, " n"]:
+    """64-bit keys of ids, apart from those of texts: an id that reads like some text is not that text."""
+    return text_keys([f"\x00id\x00{value}" for value in ids])
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """The (query, positive) rows of a table that training draws from."""
+
+    table: Table
+    rows: Int[np.ndarray, " R"]
+    places: Int[np.ndarray, " R"]
+    known: KnownPositives
+    settings: DataSettings
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return -(-len(self) // batch_size)
+
+    def batch(self, step: int, batch_size: int) -> PairBatch:
+        """The batch of step `step`, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch(batch_size))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+        chosen = order[place * batch_size : (place + 1) * batch_size]
+        picked = [(self.table.example(int(self.rows[i])), int(self.places[i])) for i in chosen]
+        draw = np.random.default_rng([self.seed, epoch, place, 1])
+        return build_batch(picked, self.known, self.settings, draw)
+
+
+def pair_source(table: Table, examples: Int[np.ndarray, " E"], settings: DataSettings, seed: int) -> PairSource:
+    """One row per (query, positive) of the given examples of the table."""
+    counts = _positive_counts(table)[examples]
+    rows = np.repeat(examples, counts)
+    places = np.concatenate([np.arange(count) for count in counts]) if len(counts) else np.empty(0, dtype=np.int64)
+    return PairSource(table, rows, places, KnownPositives(table), settings, seed)
+
+
+def _positive_counts(table: Table) -> Int[np.ndarray, " E"]:
+    counts = [np.diff(batch.column("pos_doc").offsets.to_numpy()) for batch in table.batches(["pos_doc"])]
+    return np.concatenate(counts) if counts else np.empty(0, dtype=np.int64)
+
+
+def build_batch(
+    picked: Sequence[tuple[Example, int]], known: KnownPositives, settings: DataSettings, draw: np.random.Generator
+) -> PairBatch:
+    """Lay out positives, then hard negatives, and mark what must not count as a negative."""
+    texts = [example.positives[place] for example, place in picked]
+    ids = [example.positive_ids[place] for example, place in picked]
+    owner = list(range(len(picked)))
+    for row, (example, _) in enumerate(picked):
+        for i in _choose(len(example.negatives), settings, draw):
+            texts.append(example.negatives[i])
+            ids.append(example.negative_ids[i] if example.negative_ids else "")
+            owner.append(row)
+    return PairBatch(
+        queries=[example.query for example, _ in picked],
+        documents=texts,
+        targets=torch.arange(len(picked)),
+        excluded=_excluded([example for example, _ in picked], texts, ids, known),
+        owner=torch.tensor(owner),
+        # Every query weighs the same, however many positives it has.
+        weights=torch.tensor([1.0 / len(example.positives) for example, _ in picked]),
+        scores=torch.tensor([example.positive_scores[place] for example, place in picked]),
+        query_ids=[example.query_id for example, _ in picked],
+    )
+
+
+def _choose(available: int, settings: DataSettings, draw: np.random.Generator) -> Sequence[int]:
+    count = min(available, settings.negatives_per_query)
+    if settings.negatives == "first" or count == available:
+        return range(count)
+    return sorted(draw.choice(available, size=count, replace=False).tolist())
+
+
+def _excluded(
+    examples: Sequence[Example], texts: Sequence[str], ids: Sequence[str], known: KnownPositives
+) -> Bool[Tensor, "B N"]:
+    columns: dict[int, list[int]] = {}
+    for keys in (text_keys(texts), id_keys(ids)):
+        for column, key in enumerate(keys.tolist()):
+            columns.setdefault(key, []).append(column)
+    query_texts, query_ids = text_keys([e.query for e in examples]), id_keys([e.query_id for e in examples])
+    excluded = torch.zeros(len(examples), len(texts), dtype=torch.bool)
+    for row in range(len(examples)):
+        keys = {int(query_texts[row])}  # a document that is the query's own text is no negative
+        keys.update(known.of(int(query_texts[row])).tolist(), known.of(int(query_ids[row])).tolist())
+        hits = [column for key in keys for column in columns.get(key, ())]
+        excluded[row, hits] = True
+        excluded[row, row] = False
+    return excluded
+
+
+def hold_out(table: Table, share: float, name: str) -> tuple[Int[np.ndarray, " A"], Int[np.ndarray, " B"]]:
+    """(kept, held out) rows: about `share` of the queries, chosen by a hash of their text and `name`.
+
+    A query's rows stay together, and the same query is held out whatever the order or size of the file.
+    """
+    keys = np.concatenate([_query_draws(batch.column("query").to_pylist(), name) for batch in table.batches(["query"])])
+    distinct = np.unique(keys)
+    count = round(len(distinct) * share) if len(distinct) > 1 else 0
+    held = np.isin(keys, distinct[: max(count, 1 if share > 0 and len(distinct) > 1 else 0)])
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _query_draws(queries: Sequence[str], name: str) -> Int[np.ndarray, " n"]:
+    return np.array([text_key(f"{name}\x00{query}") for query in queries], dtype=np.int64)
+
+
+def as_retrieval(table: Table, examples: Int[np.ndarray, " E"], distractors: int, name: str) -> RetrievalData:
+    """The given examples as a search problem: their judged documents, and documents of other rows as distractors."""
+    documents: dict[str, str] = {}
+    queries: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    for row in examples.tolist():
+        example = table.example(row)
+        queries[example.query_id] = example.query
+        judged = qrels.setdefault(example.query_id, {})
+        for doc, text, score in zip(example.positive_ids, example.positives, example.positive_scores, strict=True):
+            documents[doc] = text
+            judged[doc] = max(1, round(score))
+        for doc, text in zip(example.negative_ids, example.negatives, strict=True):
+            documents[doc] = text
+            judged.setdefault(doc, 0)
+    wanted = len(documents) + distractors
+    for doc, text in _documents(table, np.setdiff1d(np.arange(len(table)), examples), name):
+        if len(documents) >= wanted:
+            break
+        documents.setdefault(doc, text)
+    corpus = Corpus(list(documents), list(documents.values()))
+    return RetrievalData(corpus, queries, qrels, f"{table.fingerprint}-{name}-{distractors}", table.source, name)
+
+
+def _documents(table: Table, rows: Int[np.ndarray, " E"], name: str) -> Iterator[tuple[str, str]]:
+    """Documents of the rows, rows in an order that is random but always the same."""
+    seed: Any = abs(text_key(name))
+    for row in np.random.default_rng(seed).permutation(rows).tolist():
+        example = table.example(row)
+        yield from zip(example.positive_ids, example.positives, strict=True)
+        yield from zip(example.negative_ids, example.negatives, strict=True)

@@ -1,0 +1,376 @@
+"""The training loop: optimiser, schedule, logging, checkpoints, signals. Model, objective, batches and evaluator are handed in.
+
+Steps count from 1; the state after step k is a function of (recipe, data, seed, threads), however often the run was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kinvec import checkpoint
+from kinvec.attention import replace_dropout
+from kinvec.backbone import fuse, set_dropout, trainable
+from kinvec.batching import Pack, cut, pack
+from kinvec.config import Settings
+from kinvec.console import progress, say
+from kinvec.contracts import KinvecError
+from kinvec.embedder import Embedder
+from kinvec.gradcache import backward
+from kinvec.objectives import Objective
+from kinvec.planner import CHUNK_TOKENS, chunks_to_keep, memory_budget, saved_bytes_per_token
+from kinvec.sampling import PairBatch, PairSource
+from kinvec.tracking import open_trackers
+
+
+class TrainerSettings(Settings):
+    """The loop: how long, how fast, how often."""
+
+    batch_size: int = Field(64, ge=1)
+    """Queries that compete in a step, over all ranks. Memory does not limit it: see memory_budget."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training pairs; max_steps overrides it."""
+    max_steps: int | None = None
+    """Stop after this many steps."""
+    lr: float = Field(2e-5, gt=0)
+    """Peak learning rate."""
+    warmup: float = Field(0.1, ge=0)
+    """Steps of linear warm-up; below 1 it is a share of all steps."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after warm-up."""
+    min_lr: float = Field(0.0, ge=0)
+    """Where the schedule ends, as a share of the peak."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decoupled decay of matrices (biases and norms have none)."""
+    clip: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """All dropout rates of the model; unset, its own."""
+    save_every: int = Field(200, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept besides the best."""
+    eval_every: int | None = None
+    """Steps between evaluations on dev; unset, once an epoch; 0, never."""
+    early_stop: int = Field(0, ge=0)
+    """Stop after this many evaluations without a better one; 0, never."""
+    memory_budget: str = "auto"
+    """Memory for activations, such as 6GiB; auto is half of what is free. Only speed depends on it."""
+    chunk_tokens: int = Field(CHUNK_TOKENS, ge=1)
+    """Tokens that go through the model at once."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Experiment trackers to log to, besides log.jsonl (install the extra `track`)."""
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers besides tensors."""
+
+    step: int = 0
+    best_step: int = 0
+    best_score: float = -math.inf
+    stale: int = 0
+    chunk_tokens: int = CHUNK_TOKENS
+    halvings: list[dict[str, int]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+Evaluate = Callable[[Embedder], dict[str, float]]
+
+
+def fit(
+    embedder: Embedder, objective: Objective, source: PairSource, settings: TrainerSettings, run: Path,
+    evaluate: Evaluate | None = None, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the embedder in place; on return it holds the best weights by dev, else the last.
+
+    `evaluate` gives dev metrics, the first of which chooses. Continues from the newest checkpoint of `run`. Returns a
+    summary: steps, seconds, best step and score, plan. Raises `KinvecError` when the loss stops being a number.
+    """
+    torch.manual_seed(seed)
+    steps_per_epoch = source.steps_per_epoch(settings.batch_size)
+    total = settings.max_steps or math.ceil(settings.epochs * steps_per_epoch)
+    every = steps_per_epoch if settings.eval_every is None else settings.eval_every
+    _prepare(embedder, settings)
+    optimizer = make_optimizer(embedder, settings)
+    state = _resume(run, embedder, optimizer, settings)
+    keep_log(run / "log.jsonl", state.step)
+    plan = _plan(embedder, objective, source, settings, state)
+    trackers = open_trackers(list(settings.trackers), run)
+    with _stopping() as stopped, progress("training", total, state.step) as bar, open(run / "log.jsonl", "a") as log:
+        while state.step < total and not (settings.early_stop and state.stale >= settings.early_stop):
+            begun = time.perf_counter()
+            batch = source.batch(state.step, settings.batch_size)
+            rate = learning_rate(state.step, total, settings)
+            row = _step(embedder, objective, batch, optimizer, rate, settings, state, plan)
+            state.step += 1
+            state.seconds += (seconds := time.perf_counter() - begun)
+            row |= {"step": state.step, "epoch": state.step / steps_per_epoch, "tokens_per_s": row["tokens"] / seconds}
+            row |= {"memory_gb": memory_gb(embedder.device), "eta_s": state.seconds / state.step * (total - state.step)}
+            due = bool(evaluate and every and (state.step % every == 0 or state.step == total))
+            if due and evaluate:
+                row["dev"] = _evaluate(embedder, evaluate, state)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            for track in trackers:
+                track(row)
+            if due or state.step % settings.save_every == 0 or state.step == total or stopped():
+                _save(run, embedder, optimizer, state, settings)
+            bar.advance(1, _note(row))
+            if stopped():
+                raise KeyboardInterrupt
+    if evaluate and state.best_step and state.best_step != state.step:
+        _restore_best(run, embedder, state)
+    return {
+        "steps": state.step, "seconds": round(state.seconds, 2), "best_step": state.best_step or state.step,
+        "best_score": state.best_score if state.best_step else None, "chunk_tokens": state.chunk_tokens,
+        "halvings": state.halvings, "bytes_per_token": round(plan[0]),
+    }  # fmt: skip
+
+
+def _prepare(embedder: Embedder, settings: TrainerSettings) -> None:
+    if settings.dropout is not None:
+        set_dropout(embedder, settings.dropout)
+    replace_dropout(embedder)
+    fuse(embedder.backbone)
+    embedder.train()
+
+
+def make_optimizer(embedder: Embedder, settings: TrainerSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) over what is trainable; only matrices decay."""
+    parameters = [parameter for _, parameter in trainable(embedder)]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, fused=True)
+
+
+def learning_rate(step: int, total: int, settings: TrainerSettings) -> float:
+    """The rate of step `step`, counted from 0: linear warm-up, then the schedule down to `min_lr` of the peak."""
+    warmup = settings.warmup if settings.warmup >= 1 else math.ceil(settings.warmup * total)
+    if step < warmup:
+        return settings.lr * step / max(warmup, 1)
+    done = (step - warmup) / max(total - warmup, 1)
+    share = SCHEDULES[settings.schedule](done)
+    return settings.lr * (settings.min_lr + (1 - settings.min_lr) * share)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 1.0,
+}
+
+
+def _step(
+    embedder: Embedder, objective: Objective, batch: PairBatch, optimizer: torch.optim.Optimizer, rate: float,
+    settings: TrainerSettings, state: Progress, plan: tuple[float, int],
+) -> dict[str, Any]:  # fmt: skip
+    """One optimiser step; out of memory, the chunks are halved and the step is begun again with the same random state."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    random_state = torch.get_rng_state()
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            loss, lengths = _gradients(embedder, objective, batch, state.chunk_tokens, plan)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error) or state.chunk_tokens < 64:
+                raise
+        torch.set_rng_state(random_state)
+        state.chunk_tokens //= 2
+        state.halvings.append({"step": state.step + 1, "chunk_tokens": state.chunk_tokens})
+        say(f"out of memory at step {state.step + 1}: going on with chunks of {state.chunk_tokens:,} tokens")
+    if not math.isfinite(loss):
+        ids = ", ".join(batch.query_ids[:8])
+        raise KinvecError(
+            f"the loss is {loss} at step {state.step + 1} (queries {ids}, …); lower trainer.lr or raise the temperature"
+        )
+    weights = [parameter for _, parameter in trainable(embedder)]
+    norm = torch.nn.utils.clip_grad_norm_(weights, settings.clip or math.inf)
+    optimizer.step()
+    tokens = int(lengths.sum())
+    padded = float(lengths.max()) * len(lengths)
+    return {
+        "loss": loss, "lr": rate, "grad_norm": float(norm), "tokens": tokens, "pairs": len(batch.queries),
+        "padding_share": 0.0 if embedder.backbone.packs else round(1 - tokens / padded, 4),
+    }  # fmt: skip
+
+
+def _gradients(
+    embedder: Embedder, objective: Objective, batch: PairBatch, chunk_tokens: int, plan: tuple[float, int]
+) -> tuple[float, np.ndarray]:
+    chunks, lengths = step_chunks(embedder, objective, batch, chunk_tokens)
+    keep = chunks_to_keep([sum(chunk.lengths) for chunk in chunks], *plan)
+    count = len(batch.queries)
+
+    def loss(vectors: Tensor) -> Tensor:
+        return objective.loss(vectors[:count], vectors[count:], batch)
+
+    return backward(_embed(embedder), chunks, loss, keep), lengths
+
+
+def step_chunks(
+    embedder: Embedder, objective: Objective, batch: PairBatch, chunk_tokens: int
+) -> tuple[list[Pack], np.ndarray]:
+    """All texts of a step, queries first, as packs of at most `chunk_tokens` tokens; and the texts' lengths."""
+    queries, documents = objective.texts(batch)
+    tokens = embedder.tokenize(queries, embedder.prompts.get("query", ""))
+    tokens = tokens + embedder.tokenize(documents, embedder.prompts.get("document", ""))
+    return [pack(tokens, rows).to(embedder.device) for rows in cut(tokens.lengths, chunk_tokens)], tokens.lengths
+
+
+def _embed(embedder: Embedder) -> Callable[[Pack], Tensor]:
+    def embed(texts: Pack) -> Tensor:
+        mixed = embedder.precision == "bf16"
+        with torch.autocast(embedder.device.type, torch.bfloat16) if mixed else nullcontext():
+            return embedder(texts)
+
+    return embed
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _plan(
+    embedder: Embedder, objective: Objective, source: PairSource, settings: TrainerSettings, state: Progress
+) -> tuple[float, int]:
+    """(bytes a token, budget): what decides how many chunks keep their graphs."""
+    chunks, _ = step_chunks(embedder, objective, source.batch(0, min(settings.batch_size, 16)), 2048)
+    bytes_per_token = saved_bytes_per_token(embedder, _embed(embedder), chunks[-1])
+    return bytes_per_token, memory_budget(settings.memory_budget, embedder.device)
+
+
+def _evaluate(embedder: Embedder, evaluate: Evaluate, state: Progress) -> dict[str, float]:
+    """Dev metrics, with the random state put back, so that evaluating more often trains the same model."""
+    random_state = torch.get_rng_state()
+    metrics = evaluate(embedder)
+    torch.set_rng_state(random_state)
+    embedder.train()
+    score = next(iter(metrics.values()))
+    better = score > state.best_score
+    state.stale = 0 if better else state.stale + 1
+    if better:
+        state.best_step, state.best_score = state.step, score
+    return metrics
+
+
+def _tensors(embedder: Embedder, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Everything of a checkpoint that is a tensor, by name; what is frozen comes from the base model."""
+    tensors = {f"model.{name}": parameter.data for name, parameter in trainable(embedder)}
+    if optimizer is None:
+        return tensors
+    for name, parameter in trainable(embedder):
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    tensors["random.cpu"] = torch.get_rng_state()
+    if embedder.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _save(
+    run: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state: Progress, settings: TrainerSettings
+) -> None:
+    folder = run / "checkpoints"
+    newest = [step for step, _ in checkpoint.steps(folder)][-(settings.keep - 1) :] if settings.keep > 1 else []
+    keep = {*newest, state.best_step}
+    checkpoint.save(
+        folder, state.step, _tensors(embedder, optimizer), vars(state) | {"best_score": _finite(state.best_score)}, keep
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _resume(run: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, settings: TrainerSettings) -> Progress:
+    path = checkpoint.latest(run / "checkpoints")
+    if path is None:
+        return Progress(chunk_tokens=settings.chunk_tokens)
+    values = checkpoint.read_values(path)
+    values["best_score"] = -math.inf if values["best_score"] is None else values["best_score"]
+    _allocate(optimizer, trainable(embedder), path)
+    tensors = _tensors(embedder, optimizer)
+    checkpoint.load_into(path, tensors)
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    say(f"continuing after step {values['step']}")
+    return Progress(**values)
+
+
+def _allocate(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, Tensor]], path: Path) -> None:
+    """Give AdamW its moments, for the checkpoint to fill; a parameter that never had a gradient has none there either."""
+    stored = checkpoint.names(path)
+    for name, parameter in parameters:
+        if f"optimizer.{name}.step" in stored:
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+
+
+def _restore_best(run: Path, embedder: Embedder, state: Progress) -> None:
+    path = run / "checkpoints" / f"step-{state.best_step:08d}"
+    checkpoint.read_values(path)
+    checkpoint.load_into(path, _tensors(embedder, None))
+
+
+def keep_log(path: Path, step: int) -> None:
+    """Drop the log's lines after `step`, so that every step is there once; a half-written last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    beside = path.with_name(".log.jsonl.tmp")
+    beside.write_text("".join(kept), "utf-8")
+    os.replace(beside, path)
+
+
+def memory_gb(device: torch.device) -> float:
+    """GB in use now: of the process, or on CUDA the peak of the device."""
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return round(used / 1e9, 3)
+
+
+def _note(row: dict[str, Any]) -> str:
+    return f"loss {row['loss']:.4f} · {row['tokens_per_s']:,.0f} tokens/s · padding {row['padding_share']:.0%} · {row['memory_gb']:.1f} GB"
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and Ctrl-C end the run after the step under way, with a checkpoint."""
+    asked: list[int] = []
+    old = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            old[number] = signal.signal(number, lambda n, _: asked.append(n))
+        except ValueError:  # not the main thread: whoever owns it handles signals
+            break
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,91 @@
+"""`kinvec train`: recipe in, tuned model, evidence and report out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def train(recipe: str | Path | None = None, overrides: Sequence[str] = (), force: bool = False) -> dict[str, Any]:
+    """Train as the recipe says (a shipped name, a YAML file, or None for the defaults, with `key=value` overrides).
+
+    Returns the run's summary: where everything is, and for every metric base, tuned, difference and interval.
+    """
+    from kinvec.pipeline import run
+    from kinvec.recipe import load_recipe
+
+    return run(load_recipe(recipe, overrides), force=force)
+
+
+def command(
+    recipe: Annotated[
+        str, typer.Argument(help="A shipped recipe (scifact, demo), a YAML file, or the first key=value.")
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="key=value …, for example trainer.epochs=3 (docs/recipe.md)")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start the run afresh, deleting what its folder holds.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto; the same as device=.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; the same as threads=.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or auto; the same as precision=.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, data and model, say what would be done.")
+    ] = False,
+) -> None:
+    """Train an embedding model on your data, and prove that it got better.
+
+    The same command on the same out= continues a run that was stopped. Settings are key=value; all are in docs/recipe.md.
+    """
+    given = [recipe, *(settings or [])]
+    name = None if "=" in recipe else given.pop(0)
+    flags = {"device": device, "threads": threads, "precision": precision}
+    given += [f"{key}={value}" for key, value in flags.items() if value is not None]
+    if dry_run:
+        print(json.dumps(_preview(name, given), indent=2))
+        return
+    summary = train(name, given, force)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        show(summary)
+
+
+def _preview(name: str | None, given: Sequence[str]) -> dict[str, Any]:
+    from kinvec.pipeline import describe_data, open_model, open_run_data
+    from kinvec.recipe import load_recipe
+
+    recipe = load_recipe(name, given)
+    data = open_run_data(recipe)
+    return {"recipe": recipe.model_dump(mode="json"), "data": describe_data(data, open_model(recipe))}
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print a run's summary for a person: before, after, interval, and where everything is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for result in summary["results"]:
+        title = f"{result['task']}: {result['queries']} test queries"
+        table = Table(title=title, title_justify="left")
+        for column in ("metric", "BM25", "base", "tuned", "difference", "95 % interval", "p"):
+            table.add_column(column, justify="left" if column == "metric" else "right")
+        lexical = result["baselines"].get("BM25", {})
+        for metric, row in result["metrics"].items():
+            table.add_row(
+                metric, f"{lexical[metric]:.4f}" if metric in lexical else "", f"{row['base']:.4f}", f"{row['tuned']:.4f}",
+                f"{row['difference']:+.4f}", f"{row['low']:+.4f} to {row['high']:+.4f}", f"{row['p']:.4f}",
+            )  # fmt: skip
+        console.print(table)
+    training = summary["training"]
+    console.print(
+        f"trained {training['steps']} steps in {training['seconds']:.0f} s; best at step {training['best_step']}"
+    )
+    console.print(f"model   {summary['model']}\nreport  {summary['report']}")
