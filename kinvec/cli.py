@@ -30,6 +30,7 @@ Exit codes: 0 done, 1 the data, the model or the machine is wrong, 2 the argumen
 
 
 def overview() -> str:
+    """What `kinvec --help` prints."""
     rows = "\n".join(f"  {name:<9} {text}" for name, text in VERBS.items())
     head = "kinvec turns any BERT or LLM into an embedding model for your own data, and proves that it got better."
     return f"{head}\n\nUsage: kinvec VERB …\n\n{rows}\n\n{EPILOGUE}"
@@ -46,6 +47,7 @@ def load_verb(name: str) -> Any:
 
 
 def run_verb(argv: list[str]) -> int:
+    """Run what the arguments ask for; the exit code."""
     verb = argv[0] if argv else "--help"
     if verb in ("--help", "-h", "help"):
         print(overview())

@@ -29,7 +29,7 @@ def load(model: type[S], *layers: Path | Mapping[str, Any], overrides: Sequence[
 
     Raises `RecipeError`, naming the file or the override, when a file is no YAML, a key is unknown or a value is wrong.
     """
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     for layer in layers:
         merged = OmegaConf.merge(merged, _read(layer) if isinstance(layer, Path) else OmegaConf.create(dict(layer)))
     merged = OmegaConf.merge(merged, _dotlist(overrides))
@@ -66,7 +66,12 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str,
             yield from fields(inner, f"{prefix}{name}.")
         else:
             kind = getattr(field.annotation, "__name__", None) if not get_args(field.annotation) else None
-            yield f"{prefix}{name}", kind or str(field.annotation).replace("typing.", ""), field.default, field.description or ""
+            yield (
+                f"{prefix}{name}",
+                kind or str(field.annotation).replace("typing.", ""),
+                field.default,
+                field.description or "",
+            )
 
 
 def _group(annotation: Any) -> type[BaseModel] | None:

@@ -7,6 +7,7 @@ python scripts/docs.py --check   say which are stale and exit 1
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any, get_args
 
 import click
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from kinvec import cli, config
 from kinvec.recipe import Recipe
@@ -68,8 +68,9 @@ PAGES = {"docs/cli.md": cli_page, "docs/recipe.md": recipe_page, "docs/recipe.sc
 
 
 def _row(key: str, kind: str, default: Any, text: str) -> str:
-    shown = "required" if default is PydanticUndefined else json.dumps(default, ensure_ascii=False, default=str)
-    cells = (f"`{key}`", f"`{kind}`", f"`{shown}`" if shown != "required" else shown, _paragraph(text))
+    kind = re.sub(r"Literal\[([^]]*)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), kind)
+    shown = "unset" if default is None else f"`{json.dumps(default, ensure_ascii=False)}`"
+    cells = (f"`{key}`", f"`{kind.replace(' | None', '')}`", shown, _paragraph(text))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

