@@ -14,6 +14,7 @@ from kinvec.files.searches import open_pairs, open_retrieval, read_documents, re
 from kinvec.files.table import Table, detect_kind, open_data
 from kinvec.files.writing import (
     content_fingerprint,
+    exact_key,
     normalise,
     replace_folder,
     text_id,
@@ -30,6 +31,7 @@ __all__ = [
     "cache_folder",
     "content_fingerprint",
     "detect_kind",
+    "exact_key",
     "normalise",
     "open_data",
     "open_pairs",

@@ -160,6 +160,13 @@ def judged_queries(path: Path, name: str, wanted: Qrels, notes: Notes) -> dict[s
     return {query: found[query] for query in wanted if query in found}
 
 
+def query_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and id of every query of a file; what is no query is passed over."""
+    for line, record in jsonl_records(path, str(path), Notes(strict=False)):
+        if isinstance(record.get("_id"), str):
+            yield line, record["_id"]
+
+
 def training_rows(folder: Path, split: str, notes: Notes) -> Iterator[Row]:
     """A row for each query of the split with a positive: retrieval columns, file number 0 (the judgements), line."""
     path = qrels_path(folder, split)
@@ -200,9 +207,8 @@ def training_rows(folder: Path, split: str, notes: Notes) -> Iterator[Row]:
         else:
             without += 1
     if without:
-        notes.warnings.append(
-            f"{path}: {without:,} judged queries have no positive document and are left out of training"
-        )
+        message = f"{without:,} judged queries have no relevant document and are left out of training"
+        notes.remarks.append(DataError("no positive", str(path), 0, message, "judge a document relevant, or drop them"))
 
 
 def text_rows(corpus: Path, notes: Notes) -> Iterator[Row]:

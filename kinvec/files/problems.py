@@ -9,7 +9,7 @@ from typing import Any
 
 from kinvec.contracts import KinvecError
 
-KEPT_PER_RULE = 50  # problems kept with their place; all are counted
+KEPT_PER_RULE = 20  # problems kept with their place; all are counted
 REMEDY = "correct it, or drop such rows with --skip-bad (train: data.skip_bad=true)"
 
 
@@ -29,15 +29,26 @@ class DataError(KinvecError):
         super().__init__(f"{where}: {message}" + (f"; {remedy}" if remedy else ""))
         self.rule, self.file, self.line, self.message, self.remedy = rule, file, line, message, remedy
 
+    def parts(self, root: str) -> list[Any]:
+        """What `at(root, …)` makes it from again."""
+        return [self.rule, self.file.removeprefix(root), self.line, self.message, self.remedy]
+
+    @classmethod
+    def at(cls, root: str, rule: str, file: str, line: int, message: str, remedy: str) -> DataError:
+        return cls(rule, root + file, line, message, remedy)
+
 
 @dataclass
 class Notes:
-    """What a reader has to say. Strict: the first problem is raised. Else all are counted and the first ones kept."""
+    """What a reader has to say. Strict: the first problem is raised. Else all are counted and the first ones kept.
+
+    `remarks` are no problems: what was left out by rule, such as queries that no document was judged relevant to.
+    """
 
     strict: bool = True
     kept: list[DataError] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    warnings: list[str] = field(default_factory=list)
+    remarks: list[DataError] = field(default_factory=list)
 
     def bad(self, error: DataError) -> None:
         if self.strict:
@@ -52,21 +63,14 @@ class Notes:
             raise other.kept[0]
         self.kept += other.kept
         self.counts += other.counts
-        self.warnings += other.warnings
+        self.remarks += other.remarks
 
     def to_json(self, root: str) -> dict[str, Any]:
         """As plain values, with file names relative to `root`, so that a moved copy names its own place."""
-        kept = [[e.rule, e.file.removeprefix(root), e.line, e.message, e.remedy] for e in self.kept]
-        return {
-            "kept": kept,
-            "counts": dict(self.counts),
-            "warnings": [w.replace(root, "{root}") for w in self.warnings],
-        }
+        kept, remarks = ([e.parts(root) for e in errors] for errors in (self.kept, self.remarks))
+        return {"kept": kept, "counts": dict(self.counts), "remarks": remarks}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], root: str) -> Notes:
-        kept = [
-            DataError(rule, root + file, line, message, remedy) for rule, file, line, message, remedy in value["kept"]
-        ]
-        warnings = [w.replace("{root}", root) for w in value["warnings"]]
-        return cls(False, kept, Counter(value["counts"]), warnings)
+        kept, remarks = ([DataError.at(root, *parts) for parts in value[name]] for name in ("kept", "remarks"))
+        return cls(False, kept, Counter(value["counts"]), remarks)

@@ -21,7 +21,8 @@ from kinvec.files.sources import plan_of
 class Table:
     """Training data of one kind, memory-mapped. The column `file` counts `files`; `line` is where a row begins in it.
 
-    `dropped` rows were bad (with `skip_bad`); `problems` are the first of them, `counts` all of them by rule.
+    `dropped` rows were bad (with `skip_bad`); `problems` are the first of them, `counts` all of them by rule. `remarks`
+    say what was left out by rule.
     """
 
     kind: str
@@ -30,9 +31,14 @@ class Table:
     source: str
     files: tuple[str, ...]
     dropped: int = 0
-    warnings: tuple[str, ...] = ()
+    remarks: tuple[DataError, ...] = ()
     problems: tuple[DataError, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The remarks as sentences."""
+        return tuple(map(str, self.remarks))
 
     @cached_property
     def rows(self) -> pa.Table:
@@ -65,8 +71,9 @@ def open_data(
     """Open training data of any form as a memory-mapped table: a file, a folder, or the name of a hub data set.
 
     `split` picks a folder's or data set's part; `kind` (retrieval, pairs, labelled, texts) and `columns` (role →
-    column, several joined by '+') override what is detected. Raises `DataError`, a `KinvecError`, for the first bad row, naming
-    file, line and remedy; with `skip_bad` bad rows are dropped and counted. Raises `KinvecError` if there is no source.
+    column, several joined by '+') override what is detected. Raises `DataError`, a `KinvecError`, for the first bad
+    row, naming file, line and remedy; with `skip_bad` such rows are dropped and counted. Raises `KinvecError` if there
+    is no source of that name.
     """
     source = str(source)
     notes = Notes(strict=not skip_bad)
@@ -86,7 +93,7 @@ def open_data(
         source,
         plan.files,
         sum(counts.values()),
-        tuple(notes.warnings),
+        tuple(notes.remarks),
         tuple(notes.kept),
         counts,
     )

@@ -88,7 +88,12 @@ def normalise(text: str) -> str:
 
 def text_key(text: str) -> int:
     """The xxh3-64 of the normalised text as a signed 64-bit integer; two different texts share it once in 2**64."""
-    key = xxhash.xxh3_64_intdigest(normalise(text).encode("utf-8", "surrogatepass"))
+    return exact_key(normalise(text))
+
+
+def exact_key(text: str) -> int:
+    """The xxh3-64 of the text (or id) as it is, as a signed 64-bit integer."""
+    key = xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
     return key - (1 << 64) if key >> 63 else key
 
 
