@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-import click
 from pydantic import BaseModel
 
 from kinvec import cli, config
@@ -30,7 +29,9 @@ def cli_page() -> str:
     parts = [f"# The command line\n\n{MADE}\n", f"```\n$ kinvec --help\n{cli.overview()}\n```\n"]
     for verb in cli.VERBS:
         command = cli.load_verb(verb)
-        context = click.Context(command, info_name=f"kinvec {verb}", terminal_width=WIDTH, max_content_width=WIDTH)
+        context = command.context_class(
+            command, info_name=f"kinvec {verb}", terminal_width=WIDTH, max_content_width=WIDTH
+        )
         parts.append(f"## {verb}\n\n```\n$ kinvec {verb} --help\n{command.get_help(context).strip()}\n```\n")
     return "\n".join(parts)
 
@@ -39,9 +40,10 @@ def recipe_page() -> str:
     """Every key of a recipe with its type, default and help, group by group."""
     parts = [
         f"# The recipe\n\n{MADE}\n",
-        "A recipe is YAML; each key can also be given on the command line as `key=value` (`trainer.epochs=3`), which "
-        "wins over the file. A key that is not listed here is an error. [`recipe.schema.json`](recipe.schema.json) tells "
-        "an editor the same: put `# yaml-language-server: $schema=…/recipe.schema.json` at the head of a recipe.\n",
+        "A recipe is YAML; each key can also be given on the command line as `key=value` (`trainer.epochs=3`), which\n"
+        "wins over the file. A key that is not listed here is an error.\n"
+        "[`recipe.schema.json`](recipe.schema.json) tells an editor the same: put\n"
+        "`# yaml-language-server: $schema=…/recipe.schema.json` at the head of a recipe.\n",
         "## Shipped recipes\n",
         *(f"- [`{path.stem}`](../kinvec/recipes/{path.name}): {_first_comment(path)}" for path in _shipped()),
         "\n`kinvec train NAME …` starts from one of them, `kinvec train FILE.yaml …` from your own.\n",
