@@ -190,8 +190,9 @@ def _at(
     rows = np.unique(rows)
     if len(rows):
         lines = ", ".join(str(keys.lines[row]) for row in rows[:PLACES]) + (", …" if len(rows) > PLACES else "")
+        places = f" (lines {lines})" if len(rows) > 1 else ""
         file, line = table.files[keys.files[rows[0]]], int(keys.lines[rows[0]])
-        yield Problem(severity, rule, file, line, f"{what}: {len(rows):,} (lines {lines})", remedy, len(rows))
+        yield Problem(severity, rule, file, line, f"{what}{places}", remedy, len(rows))
 
 
 def duplicates(table: Table, keys: Keys) -> Iterator[Problem]:
@@ -266,9 +267,9 @@ def leakage(table: Table, keys: Keys, evaluation: str | Path, *, same_corpus: bo
     """
     asked, documents = _evaluation_keys(evaluation, table.kind)
     mine = _questions(table.kind, keys)
-    name = f"the test split of {evaluation}" if Path(evaluation).is_dir() else str(evaluation)
+    name = "its test split" if same_corpus else str(evaluation)
     asking = {"retrieval": "queries", "pairs": "pairs"}.get(table.kind, "texts")
-    what = f"training {asking} that stand in {name} too"
+    what = f"{asking} that stand in {name} too"
     remedy = "drop them from training: their results would be learned by heart"
     rows = np.flatnonzero(np.isin(mine, asked))
     found = list(_at("error", "leakage", table, keys, rows, what, remedy))
@@ -336,15 +337,17 @@ def summarise(table: Table, keys: Keys) -> dict[str, Any]:
     if table.kind != "retrieval":
         names = [name for name in keys.of if name != "label"]
         labels = {"labels": distinct["label"]} if "label" in distinct else {}
-        return summary | labels | {f"{name}_characters": mean[name] for name in names}
+        return summary | labels | {f"mean_{name}_characters": mean[name] for name in names}
     documents = np.concatenate([keys.of["pos_doc"], keys.of["neg_doc"]])
     return summary | {
         "queries": distinct["query"],
         "documents": len(np.unique(documents)),
         "positives_per_row": round(len(keys.of["pos_doc"]) / len(table), 2),
         "negatives_per_row": round(len(keys.of["neg_doc"]) / len(table), 2),
-        "query_characters": mean["query"],
-        "document_characters": round((keys.characters["pos_doc"] + keys.characters["neg_doc"]) / len(documents), 1),
+        "mean_query_characters": mean["query"],
+        "mean_document_characters": round(
+            (keys.characters["pos_doc"] + keys.characters["neg_doc"]) / len(documents), 1
+        ),
     }
 
 
@@ -362,7 +365,7 @@ def truncation(table: Table, limit: TokenLimit) -> tuple[list[Problem], dict[str
             continue
         prompt = limit.prompts.get(side, "")
         lengths = np.asarray(limit.count([prompt + text for text in found]))
-        summary[f"{side}_tokens"] = round(float(lengths.mean()), 1)
+        summary[f"mean_{side}_tokens"] = round(float(lengths.mean()), 1)
         cut = lengths > limit.max_length
         if cut.any():
             row = list(found.values())[int(np.argmax(cut))]
