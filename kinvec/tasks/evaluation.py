@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 
 from kinvec import metrics
 from kinvec.contracts import Encoder, KinvecError, PairData, Result, RetrievalData
@@ -59,20 +59,43 @@ def retrieval(
 
 def from_vectors(
     data: RetrievalData,
-    queries: Float[np.ndarray, "q d"],
-    documents: Iterable[np.ndarray],
-    model: str,
+    queries: tuple[Sequence[str], Sequence[np.ndarray]],
+    documents: tuple[Sequence[str], Sequence[np.ndarray]],
     measures: Sequence[str] = MEASURES,
+    *,
+    similarity: str = "dot",
 ) -> Result:
-    """As `retrieval`, for vectors that are there already: a row for each query of `data.qrels`, and corpus shards."""
+    """As `retrieval`, for vectors that are there already: each side is its ids and its shards [_, d], joined by id.
+
+    Raises `KinvecError` where a judged query or a document of the corpus has no vector, or a vector no document.
+    """
     check_problem(data)
-    depth = search_depth(measures)
-    seconds: dict[str, float] = {}
+    scale, seconds = SIMILARITIES[similarity], dict[str, float]()
+    asked = np.concatenate([np.asarray(shard) for shard in queries[1]])[_rows_of(data.qrels, queries[0], "query")]
+    corpus_rows = _rows_of(documents[0], data.corpus.ids, "vector's document")
+    _rows_of(data.corpus.ids, documents[0], "document")
+
+    def blocks() -> Iterator[Float32[np.ndarray, "_ d"]]:
+        for shard in documents[1]:
+            for start in range(0, len(shard), ENCODE_ROWS):
+                yield scale(shard[start : start + ENCODE_ROWS])
+
     with timed(seconds, "search"):
-        best = top_k(queries, documents, data.corpus.ids, depth)
-    result = from_rankings(data, *best, measures)
-    result.model, result.precision, result.timing, result.versions = model, "fp32", seconds, versions()
+        scores, rows = top_k(scale(asked), blocks(), documents[0], search_depth(measures))
+    result = from_rankings(data, scores, corpus_rows[rows], measures)
+    result.precision, result.timing, result.versions = "fp32", seconds, versions()
     return result
+
+
+def _rows_of(wanted: Iterable[str], ids: Sequence[str], what: str) -> Int64[np.ndarray, " m"]:
+    """The place of every wanted id among `ids`."""
+    place = {identity: row for row, identity in enumerate(ids)}
+    rows = []
+    for identity in wanted:
+        if identity not in place:
+            raise KinvecError(f"the {what} '{identity}' is in one place and not in the other; embed this data again")
+        rows.append(place[identity])
+    return np.array(rows, dtype=np.int64)
 
 
 def similarity(data: PairData, encoder: Encoder) -> Result:

@@ -39,7 +39,7 @@ def from_rankings(
     shown: list[dict[str, Any]] = []
     for start in range(0, len(query_ids), QUERIES_AT_A_TIME):
         chunk = range(start, min(start + QUERIES_AT_A_TIME, len(query_ids)))
-        ranked = {query_ids[i]: [data.corpus.ids[row] for row in rows[i] if row >= 0] for i in chunk}
+        ranked = {query_ids[i]: [data.corpus.ids[row] for row in rows[i].tolist() if row >= 0] for i in chunk}
         for name, column in metrics.retrieval(names, {query: data.qrels[query] for query in ranked}, ranked).items():
             values[name].extend(column.tolist())
         for i in chunk:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,9 +30,14 @@ def save_result(result: Result, folder: str | Path) -> Path:
         os.replace(beside, folder / ROWS)
     finally:
         beside.unlink(missing_ok=True)
-    head = {key: value for key, value in asdict(result).items() if key != "per_query"}
-    write_json(folder / MANIFEST, {"format": FORMAT, **head, "queries": len(result.per_query["id"])})
+    write_json(folder / MANIFEST, summary(result))
     return folder
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """What `results.json` says: all but the rows of the queries."""
+    head = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "per_query"}
+    return {"format": FORMAT, **head, "queries": len(result.per_query["id"])}
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -1,0 +1,243 @@
+"""The embeddings folder: `query.npy`, `query.ids`, `doc.npy`, `doc.ids`, perhaps `qrels.tsv`, and `manifest.json` last.
+
+Vectors are float32 rows in plain NumPy files, ids one a line in the same order. A side of more than `SHARD_WINDOWS`
+windows is written as shards `doc-00000.npy`, `doc-00001.npy`, … of equal length (the last one shorter).
+
+It is made window by window: each is encoded, written beside and renamed (`doc.0000012.part`), and a shard's parts are
+joined when they are all there. Windows are counted from the start of the source, so a run that was killed repeats at
+most one of them and ends with the same bytes. Until the manifest is there, `progress.json` says whose folder it is.
+
+Shapes: n = texts, d = dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from kinvec.config import differences
+from kinvec.contracts import KinvecError, Qrels
+from kinvec.files.writing import beside_path, replace_folder, write_json
+
+KIND, FORMAT = "kinvec embeddings", 1
+MANIFEST, PROGRESS, QRELS = "manifest.json", "progress.json", "qrels.tsv"
+WINDOW = 8192  # texts encoded and written at a time: what a kill can cost
+SHARD_WINDOWS = 122  # windows of a shard: 999,424 rows
+
+# --- Whose folder is it? ----------------------------------------------------------------------------------------------
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """The manifest of an embeddings folder, or what was noted when it was begun; None if it is not one of ours."""
+    for name in (MANIFEST, PROGRESS):
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            continue
+        if isinstance(found, dict) and found.get("kind") == KIND and found.get("format") == FORMAT:
+            return found | {"finished": name == MANIFEST}
+    return None
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise `KinvecError` unless vectors may be written into `folder`: absent, empty, or an embeddings folder."""
+    if folder.exists() and not folder.is_dir():
+        raise KinvecError(f"{folder} is a file; name a folder for the vectors")
+    if folder.is_dir() and read_state(folder) is None and any(folder.iterdir()):
+        raise KinvecError(f"{folder} holds other things than vectors of ours; name an empty or a new folder")
+
+
+def refuse_changed(folder: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise `KinvecError`, naming what differs, unless `folder` was begun with exactly these settings."""
+    changed = "; ".join(differences(state["settings"], settings))
+    if changed:
+        raise KinvecError(f"{folder} was made with other settings ({changed}); name another folder, or add --force")
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def listed(
+    folder: Path, sides: Mapping[str, Iterable[tuple[str, str]]], judgements: Iterable[tuple[str, str, int]]
+) -> Iterator[tuple[Path, dict[str, int]]]:
+    """Read every source once to its end, so that what is wrong with it is said before anything is encoded.
+
+    Gives a folder beside `folder` with the ids and the judgements in it, for `begin` to put into its place within the
+    block, and the rows of each side.
+    """
+    beside = beside_path(folder)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        rows = {side: _write_ids(beside / f"{side}.ids", side, texts) for side, texts in sides.items()}
+        _write_judgements(beside / QRELS, judgements)
+        yield beside, rows
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_ids(path: Path, side: str, texts: Iterable[tuple[str, str]]) -> int:
+    rows = 0
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        for identity, _ in texts:
+            if "\n" in identity or "\r" in identity or not identity:
+                raise KinvecError(
+                    f"the {side} id {identity!r} (row {rows + 1:,}) does not fit on a line; give it another"
+                )
+            file.write(identity + "\n")
+            rows += 1
+    if not rows:
+        raise KinvecError(f"there is no {side} to embed; give a file with at least one text")
+    return rows
+
+
+def _write_judgements(path: Path, judgements: Iterable[tuple[str, str, int]]) -> None:
+    lines = iter(judgements)
+    first = next(lines, None)
+    if first is None:
+        return
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.write("query-id\tcorpus-id\tscore\n")
+        file.writelines(f"{query}\t{document}\t{grade}\n" for query, document, grade in (first, *lines))
+
+
+def begin(folder: Path, beside: Path, rows: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Move what `listed` made to `folder`, in one step; from here on it is ours and can be continued."""
+    state = {"kind": KIND, "format": FORMAT, "rows": dict(rows), "settings": dict(settings)}
+    write_json(beside / PROGRESS, state)
+    replace_folder(beside, folder)
+    return state
+
+
+def write_side(
+    folder: Path,
+    side: str,
+    rows: int,
+    texts: Iterator[tuple[str, str]],
+    encode: Callable[[Sequence[str]], Float[np.ndarray, "n d"]],
+    advance: Callable[[int, bool], None] = lambda n, new: None,
+) -> None:
+    """Encode what is not there yet of one side, holding one window of texts and vectors, however many rows there are.
+
+    `advance` is told the rows of every window once they are there, and whether they are new.
+    """
+    windows = _windows(texts)
+    for number, name in enumerate(shard_names(side, rows)):
+        parts = []
+        for window, batch in enumerate(islice(windows, SHARD_WINDOWS), number * SHARD_WINDOWS):
+            part = folder / f"{side}.{window:07d}.part"
+            new = not (folder / name).exists() and not part.exists()
+            if new:
+                _write_array(part, np.ascontiguousarray(encode(batch), dtype=np.float32))
+            parts.append(part)
+            advance(len(batch), new)
+        if not (folder / name).exists():
+            _join(parts, folder / name)
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def finish(folder: Path, state: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that every row is there and write the manifest, which says `about` too (model, dimension, versions)."""
+    rows = state["rows"]
+    sides = {side: {"rows": n, "files": shard_names(side, n), "ids": f"{side}.ids"} for side, n in rows.items()}
+    for side, said in sides.items():
+        found = sum(len(np.load(folder / name, mmap_mode="r")) for name in said["files"])
+        if found != said["rows"]:
+            raise KinvecError(
+                f"the {side} file had {said['rows']:,} rows and then {found:,}; add --force to start afresh"
+            )
+    qrels = {"qrels": QRELS} if (folder / QRELS).exists() else {}
+    manifest = {"kind": KIND, "format": FORMAT, **about, **sides, **qrels, "rows": rows, "settings": state["settings"]}
+    write_json(folder / MANIFEST, manifest)
+    (folder / PROGRESS).unlink(missing_ok=True)
+    return manifest
+
+
+def shard_names(side: str, rows: int) -> list[str]:
+    """The files of a side: one, or shards where there are more rows than one shard holds."""
+    shards = -(-rows // (WINDOW * SHARD_WINDOWS))
+    return [f"{side}.npy"] if shards == 1 else [f"{side}-{shard:05d}.npy" for shard in range(shards)]
+
+
+def _windows(texts: Iterator[tuple[str, str]]) -> Iterator[list[str]]:
+    while batch := [text for _, text in islice(texts, WINDOW)]:
+        yield batch
+
+
+def _write_array(path: Path, array: Float[np.ndarray, "n d"]) -> None:
+    beside = beside_path(path)
+    with open(beside, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _join(parts: Sequence[Path], target: Path) -> None:
+    """Concatenate arrays into one NumPy file, holding one of them at a time."""
+    shapes = [np.load(part, mmap_mode="r").shape for part in parts]
+    whole = (sum(shape[0] for shape in shapes), shapes[0][1])
+    beside = beside_path(target)
+    with open(beside, "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": whole}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.load(part).data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, target)
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """One side of an embeddings folder: ids, and the memory-mapped shards [n, d] in their order."""
+
+    ids: list[str]
+    shards: list[np.ndarray]
+
+
+def open_vectors(folder: str | Path, side: str) -> Vectors:
+    """`side` (query or doc) of an embeddings folder, ours or made by other means (files alone, without a manifest).
+
+    Raises `KinvecError` where it is unfinished or a file is missing, is no array of rows or does not match its ids.
+    """
+    folder = Path(folder)
+    if (folder / PROGRESS).exists() and not (folder / MANIFEST).exists():
+        raise KinvecError(f"{folder} is not finished; run the same kinvec embed again, it continues")
+    paths = [folder / f"{side}.npy"] if (folder / f"{side}.npy").exists() else sorted(folder.glob(f"{side}-*.npy"))
+    if not paths or not (folder / f"{side}.ids").exists():
+        raise KinvecError(f"{folder} has no vectors of the {side} side ({side}.npy and {side}.ids); run kinvec embed")
+    try:
+        shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+    except (ValueError, EOFError) as error:
+        raise KinvecError(f"{folder}: a {side} file is no plain NumPy array ({error}); embed again") from None
+    ids = (folder / f"{side}.ids").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    rows = sum(len(shard) for shard in shards)
+    if rows != len(ids) or len(set(ids)) != rows:
+        what = f"{len(set(ids)):,} different ones" if rows == len(ids) else f"{len(ids):,}"
+        raise KinvecError(f"{folder}: {rows:,} {side} vectors need as many ids, but {side}.ids has {what}; embed again")
+    return Vectors(ids, shards)
+
+
+def open_judgements(folder: str | Path) -> Qrels | None:
+    """The judgements that came with an embeddings folder, None if none did."""
+    from kinvec.files.beir import read_qrels
+    from kinvec.files.problems import Notes
+
+    path = Path(folder) / QRELS
+    return read_qrels(path, str(path), Notes(strict=True)).grades if path.exists() else None

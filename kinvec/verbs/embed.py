@@ -1,0 +1,154 @@
+"""`kinvec embed`: texts in, a folder of vectors out; what is there already is not encoded again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kinvec.embedder import Embedder
+
+
+def embed(
+    model: str | Path,
+    out: str | Path,
+    *,
+    queries: str | Path | None = None,
+    docs: str | Path | None = None,
+    force: bool = False,
+    precision: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Embed `queries` and `docs` (either may be absent) into the folder `out`, and return its manifest.
+
+    The same call continues a folder that was begun, and leaves a finished one as it is; `force` starts afresh. Memory
+    does not grow with the number of texts. Raises `KinvecError` if a source is wrong, if `out` holds other things, or if
+    it was begun with another model, other texts or other settings.
+    """
+    from kinvec.backbone import set_threads
+    from kinvec.console import say
+    from kinvec.contracts import RecipeError
+    from kinvec.files import read_documents, read_judgements, read_queries, vectors
+
+    given = {"query": (queries, read_queries), "doc": (docs, read_documents)}
+    sources = {side: (source, read) for side, (source, read) in given.items() if source is not None}
+    if not sources:
+        raise RecipeError("there is nothing to embed; add --queries FILE, --docs FILE or both")
+    folder = Path(out)
+    vectors.refuse_foreign(folder)
+    set_threads(threads)
+    content = {side: _fingerprint(source) for side, (source, _) in sources.items()}
+    state = None if force else vectors.read_state(folder)
+    if state is None:
+        judged = read_judgements(queries) if queries is not None else ()
+        with vectors.listed(folder, {side: read(name) for side, (name, read) in sources.items()}, judged) as (
+            new,
+            rows,
+        ):
+            embedder = _load(model, precision, device)
+            state = vectors.begin(folder, new, rows, _settings(embedder, content))
+    else:
+        embedder = _load(model, precision, device)
+        vectors.refuse_changed(folder, state, _settings(embedder, content))
+        if state.pop("finished"):
+            say(f"{folder} is finished: the same model, texts and settings; --force makes it again")
+            return state
+        say(f"continuing {folder}")
+    encode: dict[str, Callable[..., Any]] = {"query": embedder.encode_queries, "doc": embedder.encode_documents}
+    for side, (source, read) in sources.items():
+        n = state["rows"][side]
+        vectors.write_side(folder, side, n, read(source), encode[side], _teller(side, n))
+    return vectors.finish(folder, state, _about(embedder, model))
+
+
+def _load(model: str | Path, precision: str, device: str) -> Embedder:
+    from kinvec.embedder import Embedder
+
+    return Embedder.load(model, precision=precision, device=device)
+
+
+def _fingerprint(source: str | Path) -> str:
+    from kinvec.files import content_fingerprint
+    from kinvec.files.sources import existing
+
+    return content_fingerprint(existing(str(source)))
+
+
+def _settings(embedder: Embedder, content: dict[str, str]) -> dict[str, Any]:
+    """All that the bytes of the vectors depend on. Threads, too: they change the order of sums in a product."""
+    import torch
+
+    from kinvec.files import vectors
+
+    return {
+        "model": embedder.fingerprint,
+        "precision": embedder.precision,
+        "device": embedder.device.type,
+        "threads": torch.get_num_threads(),
+        "window": vectors.WINDOW,
+        **content,
+    }
+
+
+def _about(embedder: Embedder, model: str | Path) -> dict[str, Any]:
+    from kinvec.tasks.rankings import versions
+
+    return {
+        "model": str(model),
+        "prompts": embedder.prompts,
+        "max_length": embedder.max_length,
+        "dimension": embedder.dimension,
+        "dtype": "float32",
+        "similarity": embedder.similarity,
+        "versions": versions(),
+    }
+
+
+def _teller(side: str, rows: int) -> Callable[[int, bool], None]:
+    """Says after each window how far a side of several windows is; within a window the encoder shows its own bar."""
+    from kinvec.console import say
+
+    begun, done, encoded = time.monotonic(), 0, 0
+
+    def advance(n: int, new: bool) -> None:
+        nonlocal done, encoded
+        done, encoded = done + n, encoded + n * new
+        if new and rows > n:
+            minutes = (time.monotonic() - begun) / encoded * (rows - done) / 60
+            say(f"{side}: {done:,} of {rows:,} texts, about {minutes:,.0f} min left")
+
+    return advance
+
+
+def command(
+    model: Annotated[str, typer.Option(help="A model folder, a hub name, or pkg:NAME.")],
+    out: Annotated[Path, typer.Option(help="The folder to write vectors, ids and manifest.json into.")],
+    queries: Annotated[str | None, typer.Option(help="A file of queries, embedded with the query prompt.")] = None,
+    docs: Annotated[str | None, typer.Option(help="A file of documents, embedded with the document prompt.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Start afresh, deleting the vectors in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware has it.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all unless set.")] = None,
+) -> None:
+    """Turn queries and documents into a folder of vectors.
+
+    The same command continues a folder that was stopped half-way. `kinvec evaluate --embeddings` scores the folder.
+    """
+    manifest = embed(
+        model, out, queries=queries, docs=docs, force=force, precision=precision, device=device, threads=threads
+    )
+    if as_json:
+        print(json.dumps(manifest, indent=2, ensure_ascii=False))
+        return
+    for side, rows in manifest["rows"].items():
+        print(
+            f"{side}: {rows:,} vectors of {manifest['dimension']} dimensions in {', '.join(manifest[side]['files'][:3])}"
+        )
+    print(f"written to {out}")

@@ -1,0 +1,166 @@
+"""`kinvec evaluate`: a model (or vectors) and judged data in, every query's measures out, with BM25 beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from kinvec.contracts import PairData, Result, RetrievalData
+
+
+def evaluate(
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    *,
+    split: str = "test",
+    out: str | Path | None = None,
+    embeddings: str | Path | None = None,
+    measures: Sequence[str] = (),
+    precision: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+) -> Result:
+    """Evaluate `model` on `data`: retrieval (BEIR folder, examples) or scored pairs, whichever it is.
+
+    `model` may be `bm25`, the lexical baseline by itself. With `embeddings`, a folder that `kinvec embed` wrote, its
+    vectors are scored instead of a model, by the judgements of `data` or by its own. `measures` default to
+    `kinvec.tasks.MEASURES`. With `out` the result is written there. Raises `RecipeError` for arguments that do not go
+    together and `KinvecError` for what is wrong with data or model, before anything is encoded.
+    """
+    from kinvec import tasks
+    from kinvec.backbone import set_threads
+    from kinvec.contracts import RecipeError
+    from kinvec.metrics import parse_measures
+
+    if (model is None) == (embeddings is None):
+        raise RecipeError("evaluate takes either --model NAME or --embeddings FOLDER; give one of them")
+    if model is not None and data is None:
+        raise RecipeError("evaluate needs judged data; add --data FOLDER_OR_FILE")
+    chosen = tuple(measures) or tasks.MEASURES
+    parse_measures(chosen)
+    if out is not None:
+        tasks.refuse_foreign(Path(out))
+    set_threads(threads)
+    opened = _open(data, split) if data is not None else None
+    if embeddings is not None:
+        result = _score_vectors(Path(embeddings), opened, chosen)
+    else:
+        result = _score_model(str(model), opened, chosen, precision, device)
+    if out is not None:
+        tasks.save_result(result, out)
+    return result
+
+
+def _open(data: str | Path, split: str) -> RetrievalData | PairData:
+    from kinvec.contracts import KinvecError
+    from kinvec.files import detect_kind, open_pairs, open_retrieval
+
+    kind = detect_kind(data, split=split)
+    if kind == "retrieval":
+        return open_retrieval(data, split=split)
+    if kind == "pairs":
+        return open_pairs(data, split=split)
+    raise KinvecError(
+        f"{data} holds {kind}, which cannot be scored; give judged queries and documents, or scored pairs"
+    )
+
+
+def _score_model(
+    model: str, data: RetrievalData | PairData | None, measures: Sequence[str], precision: str, device: str
+) -> Result:
+    from kinvec import tasks
+    from kinvec.contracts import PairData, RecipeError
+    from kinvec.embedder import Embedder
+
+    assert data is not None
+    if model.lower() == "bm25":
+        if isinstance(data, PairData):
+            raise RecipeError("bm25 searches; it does not score pairs of texts. Name a model")
+        return tasks.bm25(data, measures)
+    embedder = Embedder.load(model, precision=precision, device=device)
+    if isinstance(data, PairData):
+        return tasks.similarity(data, embedder)
+    return tasks.retrieval(data, embedder, measures)
+
+
+def _score_vectors(folder: Path, data: RetrievalData | PairData | None, measures: Sequence[str]) -> Result:
+    from kinvec import tasks
+    from kinvec.contracts import Corpus, KinvecError, PairData, RetrievalData
+    from kinvec.files import content_fingerprint, vectors
+
+    if isinstance(data, PairData):
+        raise KinvecError("an embeddings folder is scored by judged queries; scored pairs need --model")
+    queries, documents = vectors.open_vectors(folder, "query"), vectors.open_vectors(folder, "doc")
+    said = vectors.read_state(folder) or {}
+    baselines = {"BM25": tasks.bm25(data, measures).metrics} if data is not None else {}
+    if data is None:
+        qrels = vectors.open_judgements(folder)
+        if qrels is None:
+            raise KinvecError(f"{folder} has no judgements (qrels.tsv); add --data with judged queries")
+        key = content_fingerprint((folder / "qrels.tsv").read_bytes() + (folder / "doc.ids").read_bytes())
+        texts = dict.fromkeys(qrels, "")  # the folder holds vectors and ids, no texts
+        data = RetrievalData(Corpus(documents.ids, [""] * len(documents.ids)), texts, qrels, key, folder.name, "")
+    result = tasks.from_vectors(
+        data, (queries.ids, queries.shards), (documents.ids, documents.shards), measures,
+        similarity=said.get("similarity", "dot"),
+    )  # fmt: skip
+    result.model, result.prompts = said.get("model", str(folder)), said.get("prompts", {})
+    result.baselines = baselines
+    return result
+
+
+def command(
+    model: Annotated[
+        str | None, typer.Option(help="A model folder, hub name or pkg:NAME; bm25 for BM25 itself.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="A BEIR folder, a file of examples, or scored pairs.")] = None,
+    split: Annotated[str, typer.Option(help="Which judgements to score by.")] = "test",
+    out: Annotated[Path | None, typer.Option(help="Write results.json and per_query.parquet into this folder.")] = None,
+    embeddings: Annotated[Path | None, typer.Option(help="Score this folder of vectors instead of a model.")] = None,
+    measure: Annotated[list[str] | None, typer.Option(help="A measure such as nDCG@10; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware has it.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all unless set.")] = None,
+) -> None:
+    """Measure a model on retrieval or similarity data, query by query.
+
+    Retrieval searches the whole corpus and shows BM25 beside the model; scored pairs give Spearman and Pearson.
+    """
+    result = evaluate(
+        model, data, split=split, out=out, embeddings=embeddings, measures=measure or (), precision=precision,
+        device=device, threads=threads,
+    )  # fmt: skip
+    if as_json:
+        from kinvec.tasks import summary
+
+        print(json.dumps(summary(result), indent=2, ensure_ascii=False))
+    else:
+        show(result)
+        if out is not None:
+            print(f"written to {out}")
+
+
+def show(result: Result) -> None:
+    """Print a result for a person: one row a metric, the model and the baselines beside each other."""
+    from rich.console import Console
+    from rich.table import Table
+
+    what = "pairs" if result.kind == "similarity" else "queries"
+    split = f", {result.split}" if result.split else ""
+    table = Table(title=f"{result.task}{split}: {len(result.per_query['id']):,} {what}", title_justify="left")
+    table.add_column("metric")
+    for name in (result.model, *result.baselines):
+        table.add_column(name, justify="right", overflow="fold")
+    for metric, value in result.metrics.items():
+        beside = [f"{row[metric]:.5f}" if metric in row else "" for row in result.baselines.values()]
+        table.add_row(metric, f"{value:.5f}", *beside)
+    Console().print(table)
+    seconds = sum(value for key, value in result.timing.items() if not key.endswith("per_second"))
+    precision = f" in {result.precision}" if result.precision else ""
+    print(f"{seconds:.1f} s{precision}")

@@ -1,0 +1,264 @@
+"""Tasks: rankings against pytrec_eval, BM25 at its published figure, a real model against sentence-transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytrec_eval
+from conftest import MINILM
+from scipy import stats
+
+from kinvec import tasks
+from kinvec.contracts import Corpus, KinvecError, PairData, Qrels, RecipeError, Result, RetrievalData
+from kinvec.tasks import evaluation
+
+
+class Words:
+    """An encoder without a model: a bag of words, each word a fixed random direction. Equal bags give equal vectors."""
+
+    name, prompts, precision = "words", {"query": "find: "}, "fp32"
+
+    def __init__(self, dimension: int = 64) -> None:
+        self.dimension = dimension
+        self.calls: list[int] = []
+
+    def _word(self, word: str) -> np.ndarray:
+        seed = int.from_bytes(hashlib.sha256(word.lower().encode()).digest()[:4], "little")
+        return np.random.default_rng(seed).normal(size=self.dimension)
+
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        self.calls.append(len(texts))
+        vectors = [sum((self._word(w) for w in sorted(t.split())), np.zeros(self.dimension)) for t in texts]
+        return np.array(vectors, dtype=np.float32).reshape(len(texts), self.dimension)
+
+    encode_queries = encode_documents
+
+
+def problem(qrels: Qrels | None = None, fingerprint: str = "tiny") -> RetrievalData:
+    documents = {
+        "d1": "the cat sat on the mat",
+        "d2": "dogs chase cats",
+        "d3": "stock markets fell today",
+        "d4": "cat",
+        "d5": "cat",
+        "q1": "cat",
+    }
+    qrels = qrels or {"q1": {"d4": 2, "d1": 1}, "q2": {"d3": 1, "d2": 0}, "q3": {"d9": 1}}
+    queries = {"q1": "cat", "q2": "markets today", "q3": "zebra", "q4": "never judged"}
+    return RetrievalData(Corpus(list(documents), list(documents.values())), queries, qrels, fingerprint, "tiny", "test")
+
+
+def test_every_judged_query_has_its_row_and_ties_come_by_id_descending() -> None:
+    result = tasks.retrieval(problem(), Words(), ["nDCG@3", "RR@10", "R@1"])
+    rows = result.per_query
+    assert rows["id"] == ["q1", "q2", "q3"] and rows["query"] == ["cat", "markets today", "zebra"]
+    assert rows["top_ids"][0][:3] == ["q1", "d5", "d4"], (
+        "three equal texts; the query's own id is a result like any other"
+    )
+    assert rows["RR@10"] == [1 / 3, 1.0, 0.0]
+    assert rows["first_relevant"] == [3, 1, None]
+    assert rows["top_text"][1] == "stock markets fell today"
+    assert rows["judged_ids"][0] == ["d4", "d1"] and rows["judged_scores"][0] == [2, 1]
+    assert rows["top_scores"][0][:3] == pytest.approx([1.0, 1.0, 1.0], abs=1e-6)
+    assert result.metrics["RR@10"] == pytest.approx((1 / 3 + 1 + 0) / 3)
+    assert (result.model, result.precision, result.prompts) == ("words", "fp32", {"query": "find: "})
+    assert set(result.metrics) == {"nDCG@3", "RR@10", "R@1"} == set(result.baselines["BM25"])
+    assert result.timing["encode_documents"] > 0 and "torch" in result.versions
+
+
+def test_equal_to_pytrec_eval_on_the_raw_cosines() -> None:
+    data, words = problem(), Words()
+    asked, found = (words.encode_documents(t) for t in ([data.queries[q] for q in data.qrels], data.corpus.texts))
+    scores = asked @ found.T / np.linalg.norm(asked, axis=1)[:, None] / np.linalg.norm(found, axis=1)
+    run = {q: dict(zip(data.corpus.ids, map(float, scores[i]), strict=True)) for i, q in enumerate(data.qrels)}
+    theirs = pytrec_eval.RelevanceEvaluator(data.qrels, {"ndcg_cut_3", "map_cut_3", "recall_5"}).evaluate(run)
+    ours = tasks.retrieval(data, words, ["nDCG@3", "AP@3", "R@5"]).per_query
+    for name, key in {"nDCG@3": "ndcg_cut_3", "AP@3": "map_cut_3", "R@5": "recall_5"}.items():
+        assert ours[name] == pytest.approx([theirs[q][key] for q in data.qrels], abs=1e-7)
+
+
+def test_a_corpus_in_windows_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tasks.retrieval(problem(), Words())
+    monkeypatch.setattr(evaluation, "ENCODE_ROWS", 2)
+    words = Words()
+    assert tasks.retrieval(problem(), words).per_query == whole.per_query
+    assert words.calls == [3, 2, 2, 2]
+
+
+def test_vectors_made_elsewhere_are_joined_by_id_and_give_the_same_result() -> None:
+    data, words = problem(), Words()
+    order = [4, 0, 5, 2, 1, 3]
+    ids, vectors = [data.corpus.ids[i] for i in order], words.encode_documents(data.corpus.texts)[order]
+    asked = words.encode_queries(list(data.queries.values())[::-1])
+    queries, documents = (list(data.queries)[::-1], [asked]), (ids, [vectors[:4], vectors[4:]])
+    assert tasks.from_vectors(data, queries, documents, similarity="cosine").per_query == (
+        tasks.retrieval(data, words).per_query
+    )
+    with pytest.raises(KinvecError, match="query 'q1'"):
+        tasks.from_vectors(data, (queries[0][:-1], [asked[:-1]]), documents)
+    with pytest.raises(KinvecError, match="the document 'd4'"):
+        tasks.from_vectors(data, queries, (ids[:-1], [vectors[:-1]]))
+
+
+def test_a_dot_product_model_is_scored_by_dot_products() -> None:
+    texts = Corpus(["short", "long"], ["cat", "cat cat cat sat"])
+    data = RetrievalData(texts, {"q": "cat"}, {"q": {"short": 1}}, "lengths", "lengths", "test")
+    words = Words()
+    assert tasks.retrieval(data, words).per_query["top_ids"] == [["short", "long"]], "by cosine where nothing is said"
+    words.similarity = "dot"  # type: ignore[attr-defined]
+    assert tasks.retrieval(data, words).per_query["top_ids"] == [["long", "short"]]
+    words.similarity = "manhattan"  # type: ignore[attr-defined]
+    with pytest.raises(KinvecError, match="'manhattan'"):
+        tasks.retrieval(data, words)
+
+
+def test_nothing_to_search_is_an_error_and_so_is_an_unknown_measure() -> None:
+    with pytest.raises(RecipeError, match="unknown measure 'ndcg'"):
+        tasks.retrieval(problem(), Words(), ["ndcg"])
+    none = RetrievalData(Corpus([], []), {"q": "x"}, {"q": {"d": 1}}, "f", "none", "test")
+    with pytest.raises(KinvecError, match="no documents"):
+        tasks.retrieval(none, Words())
+    with pytest.raises(KinvecError, match="split 'test' is judged"):
+        tasks.bm25(RetrievalData(Corpus(["d"], ["x"]), {}, {}, "unjudged", "none", "test"))
+
+
+def test_a_model_that_gives_nan_is_named() -> None:
+    class Broken(Words):
+        def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
+            return np.full((len(texts), 64), np.nan, np.float32)
+
+    with pytest.raises(KinvecError, match="NaN"):
+        tasks.retrieval(problem(), Broken())
+    with pytest.raises(KinvecError, match="words gave NaN"):
+        tasks.similarity(PairData(["a"], ["b"], [1.0], "f", "p"), Broken())
+
+
+def test_bm25_finds_words_by_their_stem_and_nothing_without_one_in_common() -> None:
+    rows = tasks.bm25(problem(fingerprint="stems")).per_query
+    assert rows["top_ids"][0] == ["q1", "d5", "d4", "d2", "d1"], "'cat' finds 'cats'; equal texts by id descending"
+    assert rows["top_ids"][2] == [] and rows["top_text"][2] == "" and rows["nDCG@10"][2] == 0.0
+    wordless = RetrievalData(Corpus(["a", "b"], ["!!", ""]), {"q": "x"}, {"q": {"a": 1}}, "wordless", "w", "test")
+    assert tasks.bm25(wordless).metrics["R@10"] == 0.0
+
+
+def test_bm25_is_made_once_for_the_same_data() -> None:
+    data = problem(fingerprint="once")
+    assert tasks.bm25(data) is tasks.bm25(data)
+    assert tasks.bm25(data, ["P@1"]) is not tasks.bm25(data)
+
+
+def test_similarity_keeps_every_pair() -> None:
+    first = ["a cat", "a dog", "a bird sings", "a fish"]
+    data = PairData(first, ["cat a", "the dog", "stones fall", "one fish"], [5.0, 3.0, 0.0, 3.0], "f", "pairs", "test")
+    result = tasks.similarity(data, Words())
+    rows = result.per_query
+    assert rows["cosine"][0] == pytest.approx(1.0) and rows["score"] == [5.0, 3.0, 0.0, 3.0]
+    assert result.metrics["spearman_cosine"] == pytest.approx(stats.spearmanr(rows["cosine"], rows["score"]).statistic)
+    assert result.metrics["pearson_cosine"] == pytest.approx(stats.pearsonr(rows["cosine"], rows["score"]).statistic)
+    with pytest.raises(KinvecError, match="no pairs"):
+        tasks.similarity(PairData([], [], [], "f", "none"), Words())
+
+
+def test_evaluation_leaves_random_states_alone() -> None:
+    """Of NumPy and torch, which training draws from. (The shape checker of the tests itself draws from `random`.)"""
+    import torch
+
+    np.random.seed(1)
+    torch.manual_seed(1)
+    expected = float(np.random.rand()), float(torch.rand(1))
+    np.random.seed(1)
+    torch.manual_seed(1)
+    data = problem(fingerprint="state")
+    tasks.compare(tasks.retrieval(data, Words()), tasks.retrieval(data, Words(8)))
+    assert (float(np.random.rand()), float(torch.rand(1))) == expected
+
+
+# --- On disk --------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
+    result = tasks.retrieval(problem(), Words())
+    folder = tasks.save_result(result, tmp_path / "out" / "base")
+    assert tasks.load_result(folder) == result
+    head = json.loads((folder / "results.json").read_text())
+    assert head["metrics"] == result.metrics and head["queries"] == 3 and head["baselines"]["BM25"]
+    assert sorted(p.name for p in folder.iterdir()) == ["per_query.parquet", "results.json"]
+    pairs = tasks.similarity(PairData(["a", "b"], ["a", "c"], [1.0, 0.0], "f", "p"), Words())
+    assert tasks.load_result(tasks.save_result(pairs, folder)) == pairs, "a result may be replaced by another"
+
+
+def test_a_half_written_result_is_none(tmp_path: Path) -> None:
+    result = tasks.retrieval(problem(), Words())
+    tasks.save_result(result, tmp_path)
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(KinvecError, match="no finished result"):
+        tasks.load_result(tmp_path)
+    tasks.save_result(result, tmp_path)
+    (tmp_path / "per_query.parquet").write_bytes(b"PAR1 and then the disk was full")
+    with pytest.raises(KinvecError, match="does not read"):
+        tasks.load_result(tmp_path)
+
+
+def test_a_crash_between_the_two_files_leaves_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = tasks.retrieval(problem(), Words()), tasks.retrieval(problem(), Words(8))
+    tasks.save_result(old, tmp_path)
+    monkeypatch.setattr("kinvec.tasks.stored.write_json", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        tasks.save_result(new, tmp_path)
+    with pytest.raises(KinvecError, match="no finished result"):
+        tasks.load_result(tmp_path)
+
+
+def test_a_folder_of_other_things_is_not_written_into(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(KinvecError, match=r"thesis\.tex"):
+        tasks.save_result(tasks.retrieval(problem(), Words()), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_results_of_a_run_are_found_by_task(tmp_path: Path) -> None:
+    result = tasks.retrieval(problem(), Words())
+    tasks.save_result(result, tmp_path / "base" / "tiny")
+    assert tasks.load_results(tmp_path / "base") == tasks.load_results(tmp_path / "base" / "tiny") == {"tiny": result}
+    with pytest.raises(KinvecError, match="no result"):
+        tasks.load_results(tmp_path)
+
+
+# --- Real data and a real model -------------------------------------------------------------------------------------
+
+
+def test_bm25_reaches_its_published_figure_on_scifact(shared_data: Path) -> None:
+    from kinvec.files import open_retrieval
+
+    assert tasks.bm25(open_retrieval(shared_data / "scifact", split="test")).metrics["nDCG@10"] == pytest.approx(
+        0.686, abs=0.002
+    )
+
+
+def test_a_real_model_agrees_with_sentence_transformers(shared_data: Path, minilm_folder: Path) -> None:
+    """12 queries of SciFact over its shortest documents and their own: our figures are those of the peer's vectors."""
+    from sentence_transformers import SentenceTransformer
+
+    from kinvec import Embedder
+    from kinvec.files import open_retrieval
+
+    whole = open_retrieval(shared_data / "scifact", split="test")
+    qrels = dict(list(whole.qrels.items())[:12])
+    text = dict(zip(whole.corpus.ids, whole.corpus.texts, strict=True))
+    kept = list(
+        dict.fromkeys([*sorted(text, key=lambda d: len(text[d]))[:40], *(d for j in qrels.values() for d in j)])
+    )
+    data = RetrievalData(Corpus(kept, [text[d] for d in kept]), whole.queries, qrels, "slice", "slice", "test")
+    ours: Result = tasks.retrieval(data, Embedder.load(MINILM, precision="fp32", device="cpu"))
+    peer = SentenceTransformer(str(minilm_folder), device="cpu")
+    scores = peer.encode([data.queries[q] for q in qrels]) @ peer.encode(data.corpus.texts).T
+    run = {q: dict(zip(kept, map(float, scores[i]), strict=True)) for i, q in enumerate(qrels)}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut_10", "recall_10"}).evaluate(run)
+    assert ours.per_query["nDCG@10"] == pytest.approx([theirs[q]["ndcg_cut_10"] for q in qrels], abs=1e-6)
+    assert ours.per_query["R@10"] == pytest.approx([theirs[q]["recall_10"] for q in qrels], abs=1e-6)
+    assert ours.precision == "fp32"
