@@ -21,7 +21,7 @@ import xxhash
 from kinvec.console import progress
 
 PACKAGES = ("stdlib", "numpy", "scipy", "sklearn", "pandas", "networkx", "sympy", "torch")
-"""Well-documented packages that an installation of kinvec brings along. `stdlib` is Python's own library; others by import name."""
+"""Well-documented packages that come with kinvec, by import name; `stdlib` is Python's own library."""
 
 SKIPPED_FOLDERS = frozenset(
     "tests test testing _vendor site-packages dist-packages idlelib lib2to3 ensurepip pydoc_data benchmarks externals "
@@ -53,7 +53,7 @@ def collect(packages: Sequence[str] = PACKAGES) -> list[Pair]:
     files = list(source_files(packages))
     pairs: list[Pair] = []
     collecting = gc.isenabled()
-    gc.disable()  # syntax trees are many small objects without cycles: the collector would only walk them again and again
+    gc.disable()  # syntax trees are many small objects without cycles: the collector would only walk them again
     try:
         with progress("reading docstrings", len(files)) as bar:
             for path, module in files:
@@ -116,21 +116,26 @@ def split_docstring(docstring: str, name: str) -> tuple[str, str] | None:
     document = " ".join(_plain(rest[:LONGEST]).split()).replace(query, " ")
     if name in document:
         document = _DOTTED.sub(lambda word: "" if word[0].rpartition(".")[2] == name else word[0], document)
-    words = document.split()[:DOCUMENT_WORDS[1]]
+    words = document.split()[: DOCUMENT_WORDS[1]]
     return (query, " ".join(words)) if len(words) >= DOCUMENT_WORDS[0] else None
 
 
 def _plain(text: str) -> str:
-    """The text without reStructuredText's roles, directives, rules and backquotes, which are notation and no content."""
+    """The text without reStructuredText's roles, directives, rules and backquotes: notation, no content."""
     return _NOTATION.sub(" ", _ROLE.sub(r"\1", text))
 
 
 def distinct(pairs: Iterable[Pair]) -> list[Pair]:
     """The first of all pairs that share their query, their document, or their document's opening words."""
-    kept, seen = [], set()
+    kept: list[Pair] = []
+    seen: set[tuple[str, str]] = set()
     for pair in pairs:
         words = _normal(pair.document).split()
-        keys = {("query", _normal(pair.query)), ("document", " ".join(words)), ("opening", " ".join(words[:SAME_OPENING]))}
+        keys = {
+            ("query", _normal(pair.query)),
+            ("document", " ".join(words)),
+            ("opening", " ".join(words[:SAME_OPENING])),
+        }
         if seen.isdisjoint(keys):
             kept.append(pair)
         seen |= keys
@@ -142,7 +147,7 @@ def _normal(text: str) -> str:
 
 
 def split(pairs: Sequence[Pair], test_share: float) -> tuple[list[Pair], list[Pair]]:
-    """(train, test): whole groups, in the order of their names' hashes, go to test until it holds `test_share` of the pairs."""
+    """(train, test): whole groups, in the order of their hashes, go to test until it has `test_share` of the pairs."""
     sizes: dict[str, int] = {}
     for pair in pairs:
         sizes[pair.group] = sizes.get(pair.group, 0) + 1
