@@ -23,7 +23,7 @@ from kinvec.contracts import KinvecError
 from kinvec.files.problems import Notes
 from kinvec.files.writing import beside_path, content_fingerprint, write_json
 
-READER_VERSION = 2  # raise it whenever the same file would be read into other rows
+READER_VERSION = 3  # raise it whenever the same file would be read into other rows
 BATCH_ROWS, BATCH_CHARACTERS = 4096, 8 << 20  # a record batch is closed at whichever comes first
 FULL = "the disk is full"
 UNWRITABLE = {

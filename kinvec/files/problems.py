@@ -30,12 +30,13 @@ class DataError(KinvecError):
         self.rule, self.file, self.line, self.message, self.remedy = rule, file, line, message, remedy
 
     def parts(self, root: str) -> list[Any]:
-        """What `at(root, …)` makes it from again."""
-        return [self.rule, self.file.removeprefix(root), self.line, self.message, self.remedy]
+        """What `at(root, …)` makes it from again, wherever the source lies then."""
+        inside = self.file.startswith(root)
+        return [self.rule, inside, self.file.removeprefix(root), self.line, self.message, self.remedy]
 
     @classmethod
-    def at(cls, root: str, rule: str, file: str, line: int, message: str, remedy: str) -> DataError:
-        return cls(rule, root + file, line, message, remedy)
+    def at(cls, root: str, rule: str, inside: bool, file: str, line: int, message: str, remedy: str) -> DataError:
+        return cls(rule, root + file if inside else file, line, message, remedy)
 
 
 @dataclass

@@ -126,7 +126,7 @@ def _dataset_plan(dataset: Any, source: str, kind: str | None, columns: Mapping[
 
 
 def _files_plan(paths: list[Path], source: str, kind: str | None, columns: Mapping[str, Any] | None) -> Plan:
-    names = [source if len(paths) == 1 and paths[0] == Path(source).expanduser() else str(path) for path in paths]
+    names = [str(path) for path in paths]
     layout = layout_of(paths[0], names[0], kind, columns)
     key = fingerprint_of([content_fingerprint(path) for path in paths], layout.options())
     wanted = sorted({part for parts in layout.columns.values() for part in parts})

@@ -78,7 +78,7 @@ def open_data(
     source = str(source)
     notes = Notes(strict=not skip_bad)
     plan = plan_of(source, split, kind, columns)
-    table = cached_table(plan.key, SCHEMAS[plan.kind], plan.produce, notes, source)
+    table = cached_table(plan.key, SCHEMAS[plan.kind], plan.produce, notes, str(Path(source).expanduser()))
     if not len(table):
         raise (
             notes.kept[0]
