@@ -5,9 +5,12 @@ Shapes: T = tokens of a pack, h = hidden width.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -202,7 +205,9 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
         bias="none", task_type="FEATURE_EXTRACTION",
     )  # fmt: skip
     try:
-        backbone.model = get_peft_model(backbone.model, config)
+        with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            backbone.model = get_peft_model(backbone.model, config)
     except ValueError as error:
         raise KinvecError(f"lora.targets: {str(error).splitlines()[0]}") from None
 
@@ -246,6 +251,20 @@ def set_threads(threads: int | None) -> None:
     if threads:
         torch.set_num_threads(threads)
         os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+
+
+def keep_pages() -> None:
+    """Let the C library keep freed memory instead of returning it to the system after every large tensor.
+
+    By default glibc maps each large block anew and the system zeroes its pages on first touch; a training step then spends
+    a sixth of its time in page faults (docs/experiments.md). Does nothing where the C library is another one.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_top_pad, 2**26)
 
 
 def trainable(module: nn.Module) -> Sequence[tuple[str, nn.Parameter]]:
