@@ -76,7 +76,7 @@ def listed(
     Gives a folder beside `folder` with the ids and the judgements in it, for `begin` to put into its place within the
     block, and the rows of each side.
     """
-    beside = beside_path(folder)
+    beside = beside_path(folder.with_name(f"{folder.name}.new"))
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:

@@ -25,11 +25,11 @@ def embed(
     device: str = "auto",
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Embed `queries` and `docs` (either may be absent) into the folder `out`, and return its manifest.
+    """Embed `queries` and `docs` (one may be absent) into the folder `out`, and return its manifest.
 
     The same call continues a folder that was begun, and leaves a finished one as it is; `force` starts afresh. Memory
-    does not grow with the number of texts. Raises `KinvecError` if a source is wrong, if `out` holds other things, or if
-    it was begun with another model, other texts or other settings.
+    does not grow with the number of texts. Raises `KinvecError` if a source is wrong, if `out` holds other things, or
+    if it was begun with another model, other texts or other settings.
     """
     from kinvec.backbone import set_threads
     from kinvec.console import say
@@ -47,10 +47,8 @@ def embed(
     state = None if force else vectors.read_state(folder)
     if state is None:
         judged = read_judgements(queries) if queries is not None else ()
-        with vectors.listed(folder, {side: read(name) for side, (name, read) in sources.items()}, judged) as (
-            new,
-            rows,
-        ):
+        texts = {side: read(source) for side, (source, read) in sources.items()}
+        with vectors.listed(folder, texts, judged) as (new, rows):
             embedder = _load(model, precision, device)
             state = vectors.begin(folder, new, rows, _settings(embedder, content))
     else:
@@ -148,7 +146,6 @@ def command(
         print(json.dumps(manifest, indent=2, ensure_ascii=False))
         return
     for side, rows in manifest["rows"].items():
-        print(
-            f"{side}: {rows:,} vectors of {manifest['dimension']} dimensions in {', '.join(manifest[side]['files'][:3])}"
-        )
+        files = ", ".join(manifest[side]["files"][:3])
+        print(f"{side}: {rows:,} vectors of {manifest['dimension']} dimensions in {files}")
     print(f"written to {out}")

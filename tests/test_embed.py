@@ -1,0 +1,289 @@
+"""The embeddings folder: what is in it, never half-written, and the same bytes however often its making was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MINILM
+
+from kinvec.contracts import KinvecError, RecipeError
+from kinvec.files import vectors
+from kinvec.verbs.embed import embed
+from kinvec.verbs.evaluate import evaluate
+
+WORDS = "cat dog bird fish tree stone river cloud fire snow".split()
+
+
+def count(texts: Sequence[str]) -> np.ndarray:
+    """An encoder without a model: how often each word occurs, and the length."""
+    return np.array([[t.split().count(w) for w in WORDS] + [len(t)] for t in texts], dtype=np.float32)
+
+
+def rows(n: int) -> Iterator[tuple[str, str]]:
+    return ((f"d{i}", " ".join(WORDS[(i * k) % 10] for k in range(1, 2 + i % 7))) for i in range(n))
+
+
+def lines_of(rows: Iterable[dict[str, str]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(folder: Path, n: int, encode: Callable[[Sequence[str]], np.ndarray] = count) -> dict[str, Any]:
+    with vectors.listed(folder, {"doc": rows(n)}, [("q1", "d2", 1)]) as (beside, counts):
+        state = vectors.begin(folder, beside, counts, {"model": "count"})
+    vectors.write_side(folder, "doc", n, rows(n), encode)
+    return vectors.finish(folder, state, {"dimension": 11})
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "WINDOW", 4)
+    monkeypatch.setattr(vectors, "SHARD_WINDOWS", 3)
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("n", [1, 4, 11, 12, 13, 29])
+def test_one_file_or_shards_hold_every_row_in_order(tmp_path: Path, n: int) -> None:
+    manifest = write(tmp_path / "v", n)
+    expected = count([text for _, text in rows(n)])
+    names = ["doc.npy"] if n <= 12 else [f"doc-{i:05d}.npy" for i in range(-(-n // 12))]
+    assert manifest["doc"] == {"rows": n, "files": names, "ids": "doc.ids"}
+    assert sorted(p.name for p in (tmp_path / "v").iterdir()) == sorted(
+        [*names, "doc.ids", "manifest.json", "qrels.tsv"]
+    )
+    side = vectors.open_vectors(tmp_path / "v", "doc")
+    assert side.ids == [f"d{i}" for i in range(n)] and (np.concatenate(side.shards) == expected).all()
+    assert all(shard.dtype == np.float32 for shard in side.shards)
+    assert {len(shard) for shard in side.shards[:-1]} <= {12}, "shards are of equal length"
+    assert vectors.open_judgements(tmp_path / "v") == {"q1": {"d2": 1}}
+
+
+def test_a_file_is_what_numpy_itself_writes(tmp_path: Path) -> None:
+    write(tmp_path / "v", 9)
+    np.save(tmp_path / "own.npy", count([text for _, text in rows(9)]))
+    assert (tmp_path / "own.npy").read_bytes() == (tmp_path / "v" / "doc.npy").read_bytes()
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("calls", range(8))
+def test_stopped_after_any_window_it_continues_to_the_same_bytes(tmp_path: Path, calls: int) -> None:
+    """Every window already written is kept: the second run encodes only the rest."""
+    write(tmp_path / "whole", 29)
+    left = calls
+
+    def stops(texts: Sequence[str]) -> np.ndarray:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return count(texts)
+
+    folder = tmp_path / "v"
+    with pytest.raises(KeyboardInterrupt):
+        write(folder, 29, stops)
+    with pytest.raises(KinvecError, match="is not finished"):
+        vectors.open_vectors(folder, "doc")
+    state, seen = vectors.read_state(folder), list[int]()
+    assert state is not None and not state["finished"]
+
+    def counts_calls(texts: Sequence[str]) -> np.ndarray:
+        seen.append(len(texts))
+        return count(texts)
+
+    vectors.write_side(folder, "doc", 29, rows(29), counts_calls)
+    vectors.finish(folder, state, {"dimension": 11})
+    assert len(seen) == 8 - calls
+    assert content(folder) == content(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_killed_while_a_shards_parts_are_removed(tmp_path: Path) -> None:
+    write(tmp_path / "whole", 29)
+    folder = tmp_path / "v"
+    with vectors.listed(folder, {"doc": rows(29)}, [("q1", "d2", 1)]) as (beside, counts):
+        state = vectors.begin(folder, beside, counts, {"model": "count"})
+    vectors.write_side(folder, "doc", 29, rows(29), count)
+    (folder / "doc.0000001.part").write_bytes(b"left behind")
+    vectors.write_side(folder, "doc", 29, rows(29), lambda texts: pytest.fail("nothing is left to encode"))
+    vectors.finish(folder, state, {"dimension": 11})
+    assert content(folder) == content(tmp_path / "whole")
+
+
+def test_wrong_sources_leave_nothing_behind(tmp_path: Path) -> None:
+    for texts, message in (
+        ([], "no doc to embed"),
+        ([("a\nb", "x")], "does not fit on a line"),
+        ([("", "x")], "on a line"),
+    ):
+        with pytest.raises(KinvecError, match=message), vectors.listed(tmp_path / "v", {"doc": texts}, ()):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
+    with vectors.listed(tmp_path / "v", {"doc": rows(9)}, ()) as (beside, counts):
+        state = vectors.begin(tmp_path / "v", beside, counts, {})
+    vectors.write_side(tmp_path / "v", "doc", 9, rows(7), count)
+    with pytest.raises(KinvecError, match="had 9 rows and then 7"):
+        vectors.finish(tmp_path / "v", state, {})
+
+
+def test_folders_that_are_not_ours_or_were_begun_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(KinvecError, match="holds other things"):
+        vectors.refuse_foreign(tmp_path / "photos")
+    write(tmp_path / "v", 5)
+    vectors.refuse_foreign(tmp_path / "v")
+    state = vectors.read_state(tmp_path / "v")
+    assert state is not None
+    with pytest.raises(KinvecError, match="model: count → other"):
+        vectors.refuse_changed(tmp_path / "v", state, {"model": "other"})
+
+
+@pytest.mark.parametrize("damage", ["ids", "duplicate", "pickle", "missing"])
+def test_damaged_folders_are_named(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "v"
+    write(folder, 5)
+    if damage == "ids":
+        (folder / "doc.ids").write_text("d0\nd1\n")
+    elif damage == "duplicate":
+        (folder / "doc.ids").write_text("d0\n" * 5)
+    elif damage == "pickle":
+        np.save(folder / "doc.npy", np.array([{}]), allow_pickle=True)
+    else:
+        (folder / "doc.npy").unlink()
+    with pytest.raises(
+        KinvecError, match={"ids": "has 2", "duplicate": "1 different", "pickle": "plain"}.get(damage, "no vec")
+    ):
+        vectors.open_vectors(folder, "doc")
+
+
+KILLED = """
+import sys, time, pathlib
+import test_embed
+from kinvec.files import vectors
+vectors.WINDOW, vectors.SHARD_WINDOWS, write_array = 4, 3, vectors._write_array
+def slowly(path, array):
+    write_array(path, array)
+    time.sleep(0.03)
+vectors._write_array = slowly
+folder = pathlib.Path(sys.argv[1])
+state = vectors.read_state(folder)
+if state is None:
+    test_embed.write(folder, 60)
+else:
+    vectors.write_side(folder, "doc", 60, test_embed.rows(60), test_embed.count)
+    vectors.finish(folder, state, {"dimension": 11})
+"""
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_killed_with_signal_9_and_run_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "whole", 60)
+    folder, tests = tmp_path / "v", Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    kills = 0
+    while vectors.read_state(folder) is None or not (folder / "manifest.json").exists():
+        before = len(list(folder.glob("doc*"))) if folder.exists() else 0
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], env=environment, start_new_session=True)
+        while process.poll() is None and kills < 2 and len(list(folder.glob("doc*"))) < before + 2:
+            time.sleep(0.005)
+        if kills < 2:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+            assert not (folder / "manifest.json").exists()
+        else:
+            assert process.wait() == 0
+    assert kills == 2 and content(folder) == content(tmp_path / "whole")
+
+
+# --- The verb, with a real model ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Any:
+    from kinvec import Embedder
+
+    return Embedder.load(MINILM, precision="fp32", device="cpu")
+
+
+@pytest.fixture
+def loaded_once(minilm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kinvec.embedder.Embedder.load", lambda *_, **__: minilm)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 documents, and 6 queries whose rows name their document."""
+    folder = tmp_path_factory.mktemp("texts")
+    found = [f"{WORDS[i % 10]} and {WORDS[i // 10 + 3]} in the {WORDS[(i * 7) % 10]}" for i in range(40)]
+    (folder / "docs.jsonl").write_text(lines_of({"doc_id": f"d{i}", "text": text} for i, text in enumerate(found)))
+    asked = [{"query_id": f"q{i}", "query": found[i * 5], "doc_id": f"d{i * 5}"} for i in range(6)]
+    (folder / "queries.jsonl").write_text(lines_of(asked))
+    return folder
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_the_verb_end_to_end(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, docs, folder = texts / "queries.jsonl", texts / "docs.jsonl", tmp_path / "v"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("kinvec.embedder.Embedder.encode_documents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        embed(MINILM, folder, queries=queries, docs=docs, precision="fp32")
+    assert (folder / "query.npy").exists() and not (folder / "manifest.json").exists()
+    manifest = embed(MINILM, folder, queries=queries, docs=docs, precision="fp32")
+    assert (manifest["dimension"], manifest["rows"], manifest["qrels"]) == (384, {"query": 6, "doc": 40}, "qrels.tsv")
+    assert "continuing" in capsys.readouterr().err
+    before = content(folder)
+    assert embed(MINILM, folder, queries=queries, docs=docs, precision="fp32") == manifest
+    assert "is finished" in capsys.readouterr().err and content(folder) == before
+    with pytest.raises(KinvecError, match="made with other settings .*doc: "):
+        embed(MINILM, folder, queries=queries, docs=queries, precision="fp32")
+    result = evaluate(embeddings=folder, measures=["RR@10", "R@1"])
+    assert result.metrics["RR@10"] > 0.8 and result.per_query["id"] == [f"q{i}" for i in range(6)]
+    embed(MINILM, folder, docs=docs, precision="fp32", force=True)
+    assert sorted(p.name for p in folder.iterdir()) == ["doc.ids", "doc.npy", "manifest.json"]
+    with pytest.raises(KinvecError, match="no vectors of the query side"):
+        evaluate(embeddings=folder)
+    with pytest.raises(RecipeError, match="nothing to embed"):
+        embed(MINILM, folder)
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_vectors_score_as_the_model_does(shared_data: Path, tmp_path: Path) -> None:
+    """`evaluate --embeddings` with the data beside it equals `evaluate --model`, query by query."""
+    from kinvec import tasks
+
+    beir = tmp_path / "slice"
+    (beir / "qrels").mkdir(parents=True)
+    lines = (shared_data / "scifact" / "corpus.jsonl").read_text().splitlines()
+    kept = sorted(lines, key=len)[:30]
+    ids = [json.loads(line)["_id"] for line in kept]
+    (beir / "corpus.jsonl").write_text("\n".join(kept) + "\n")
+    titles = [json.loads(line)["title"] for line in kept[:5]]
+    (beir / "queries.jsonl").write_text(lines_of({"_id": f"q{i}", "text": title} for i, title in enumerate(titles)))
+    (beir / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\t{ids[i]}\t1\n" for i in range(5))
+    )
+    embed(MINILM, tmp_path / "v", queries=beir, docs=beir, precision="fp32")
+    stored = evaluate(embeddings=tmp_path / "v", data=beir)
+    direct = evaluate(MINILM, beir, out=tmp_path / "out", precision="fp32")
+    assert stored.metrics == direct.metrics and stored.baselines == direct.baselines
+    assert stored.per_query["top_ids"] == direct.per_query["top_ids"]
+    assert tasks.load_result(tmp_path / "out") == direct
