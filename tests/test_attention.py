@@ -151,7 +151,7 @@ def test_decoders_stay_causal_and_is_causal_false_makes_them_bidirectional(name:
     assert (moved[False][-5:] > 1e-5).all()
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "nomic-bert", "llama", "gemma2", "gemma3"])
 def test_bf16_autocast_is_close_to_float32_with_and_without_gradients(name: str) -> None:
     tokens = random_tokens((1, 7, 7, 12))
     model = build(name, spread=0.1)

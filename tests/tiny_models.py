@@ -79,7 +79,7 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {  # name → configuration clas
     "nomic-bert": ("NomicBertConfig", ENCODER | {
         "hidden_dropout_prob": 0.0, "attention_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
     }),
-    "eurobert": ("EuroBertConfig", DECODER),
+    "eurobert": ("EuroBertConfig", DECODER | {"mask_token_id": 4}),
     "llama": ("LlamaConfig", DECODER),
     "mistral": ("MistralConfig", DECODER | {"sliding_window": 6}),
     "qwen2": ("Qwen2Config", DECODER),
@@ -134,6 +134,7 @@ def build(name: str, seed: int = 0, spread: float = 0.3, **changes: Any) -> torc
                 parameter.normal_(0.0, spread, generator=generator)
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    model.config.use_cache = False  # as backbone.py opens every model
     return model.eval()
 
 
