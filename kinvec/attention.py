@@ -95,7 +95,8 @@ def packed_attention(
     """The attention function that transformers calls in every layer."""
     pack = _PACK.get()
     assert pack is not None, "a model on packed attention was called outside of packed(...)"
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Under autocast rotary positions turn queries and keys, but not values, back into float32.
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if _varlen_fits(q, dropout, softcap):
         return _varlen(q, k, v, pack, attention_mask, scale)[None], None
