@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from kinvec.files import vectors
 from kinvec.verbs.embed import embed
 from kinvec.verbs.evaluate import evaluate
 
+ROOT = Path(__file__).parents[1]
 WORDS = "cat dog bird fish tree stone river cloud fire snow".split()
 
 
@@ -173,34 +175,40 @@ def test_damaged_folders_are_named(tmp_path: Path, damage: str) -> None:
         vectors.open_vectors(folder, "doc")
 
 
-KILLED = """
-import sys, time, pathlib
-import test_embed
+CHILD = f"""
+import sys, time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+import numpy as np
 from kinvec.files import vectors
+
+WORDS = {WORDS}
+{"".join(inspect.getsource(function) for function in (count, rows, write))}
 vectors.WINDOW, vectors.SHARD_WINDOWS, write_array = 4, 3, vectors._write_array
+
 def slowly(path, array):
     write_array(path, array)
     time.sleep(0.03)
+
 vectors._write_array = slowly
-folder = pathlib.Path(sys.argv[1])
+folder = Path(sys.argv[1])
 state = vectors.read_state(folder)
 if state is None:
-    test_embed.write(folder, 60)
+    write(folder, 60)
 else:
-    vectors.write_side(folder, "doc", 60, test_embed.rows(60), test_embed.count)
-    vectors.finish(folder, state, {"dimension": 11})
+    vectors.write_side(folder, "doc", 60, rows(60), count)
+    vectors.finish(folder, state, {{"dimension": 11}})
 """
 
 
 @pytest.mark.usefixtures("small_windows")
 def test_killed_with_signal_9_and_run_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     write(tmp_path / "whole", 60)
-    folder, tests = tmp_path / "v", Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
-    kills = 0
+    folder, kills = tmp_path / "v", 0
     while vectors.read_state(folder) is None or not (folder / "manifest.json").exists():
         before = len(list(folder.glob("doc*"))) if folder.exists() else 0
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], env=environment, start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-c", CHILD, str(folder)], cwd=ROOT, start_new_session=True)
         while process.poll() is None and kills < 2 and len(list(folder.glob("doc*"))) < before + 2:
             time.sleep(0.005)
         if kills < 2:
