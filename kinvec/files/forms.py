@@ -104,12 +104,15 @@ def _delimited(text: str, delimiters: str, known_columns: Collection[str], *, wh
 
 
 def _is_quoted(text: str, delimiter: str) -> bool:
-    """Whether quotes enclose cells. Between tabs they often stand for themselves: then strict parsing breaks."""
+    """Whether quotes enclose cells. Between tabs they often stand for themselves: then strict parsing breaks.
+
+    Or it leaves quotes within cells though none is doubled, which no writer of quoted cells would do.
+    """
     if delimiter != "\t":
         return True
     try:
-        for _ in csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True):
-            pass
+        rows = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+        left = any('"' in cell for row in rows for cell in row)
     except csv.Error:
         return False
-    return True
+    return '""' in text or not left

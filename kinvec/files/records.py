@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ def delimited_records(
     """Rows of a CSV or TSV. With `header` the first row names the columns, else they are named "0", "1", ….
 
     A record spanning several lines (a quoted line break) has the number of its first. Without a header rows may differ
-    in width; with one a wider row is a problem, because a text has been cut in two.
+    in width; with one the cells that a row lacks are empty, and a wider row is a problem: a text has been cut in two.
     """
     csv.field_size_limit(sys.maxsize)
     begun: list[int] = []  # the numbers of the lines that the record in hand took
@@ -262,7 +263,7 @@ def delimited_records(
             message = f"the row has {len(cells)} cells, the header {len(names)}"
             notes.bad(DataError("csv", name, begun[0], message, "quote the texts that hold the separator"))
         else:
-            yield begun[0], dict(zip(names, cells, strict=False))
+            yield begun[0], dict(zip_longest(names, cells, fillvalue=""))
 
 
 def parquet_records(path: Path, name: str, columns: list[str] | None) -> Iterator[Record]:

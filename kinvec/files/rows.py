@@ -188,10 +188,14 @@ def number_of(value: Any, name: str) -> float:
     return number
 
 
-def parsed_cells(records: Iterable[Record]) -> Iterator[Record]:
+LISTS = ("pos_doc", "neg_doc", "pos_id", "neg_id", "pos_score", "neg_score")  # roles that may hold several entries
+
+
+def parsed_cells(records: Iterable[Record], columns: Columns) -> Iterator[Record]:
     """Records of a delimited file, in which a JSON list of texts or numbers in a cell stands for several documents."""
+    several = {name for role in LISTS for name in columns.get(role, ())}
     for line, record in records:
-        yield line, {name: _parsed_cell(cell) for name, cell in record.items()}
+        yield line, {name: _parsed_cell(cell) if name in several else cell for name, cell in record.items()}
 
 
 def _parsed_cell(cell: str) -> Any:

@@ -146,7 +146,7 @@ def _plan_of_records(
         for number, (name, read) in enumerate(readers):
             records = read(notes)
             if layout.form.name == "delimited" and layout.kind == "retrieval":
-                records = parsed_cells(records)
+                records = parsed_cells(records, layout.columns)
             yield from placed_rows(records, build, layout.columns, name, number, notes)
 
     files = tuple(name for name, _ in readers)

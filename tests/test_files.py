@@ -1,0 +1,692 @@
+"""Readers and writers: every form as it comes, every fault with its file and line, nothing half-written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kinvec.contracts import KinvecError, RecipeError
+from kinvec.files import (
+    DataError,
+    content_fingerprint,
+    detect_kind,
+    normalise,
+    open_data,
+    open_pairs,
+    open_retrieval,
+    read_documents,
+    read_judgements,
+    read_queries,
+    replace_folder,
+    text_id,
+    text_key,
+    text_keys,
+    write_json,
+    write_text,
+)
+from kinvec.files import arrow as arrow_module
+from kinvec.files import records as records_module
+
+GOOD = [{"query": f"question {i}", "pos_doc": f"answer {i}", "neg_doc": [f"other {i}"]} for i in range(40)]
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def with_line(number: int, row: Any) -> list[Any]:
+    return [*GOOD[: number - 1], row, *GOOD[number:]]
+
+
+def values(table: Any) -> list[dict[str, Any]]:
+    """The rows without their places."""
+    rows: list[dict[str, Any]] = table.rows.drop_columns(["file", "line"]).to_pylist()
+    return rows
+
+
+# --- Faults, each with its place ---
+
+FAULTS = {
+    "broken JSON": ('{"query": "x", "pos_doc": ', 27, "json"),
+    "missing key": ({"query": "x"}, 35, "schema"),
+    "a number for a text": ({"query": 5, "pos_doc": "d"}, 13, "schema"),
+    "an empty positive": ({"query": "x", "pos_doc": "  "}, 29, "empty"),
+    "no positive": ({"query": "x", "pos_doc": []}, 8, "no positive"),
+    "a list of lists": ({"query": "x", "pos_doc": [["a"]]}, 24, "schema"),
+    "null": ({"query": None, "pos_doc": "d"}, 32, "schema"),
+    "a null positive": ({"query": "x", "pos_doc": None}, 3, "schema"),
+    "a query of several": ({"query": ["x"], "pos_doc": "d"}, 2, "schema"),
+    "a number as an id": ({"query": "x", "pos_doc": "d", "query_id": 17}, 40, "id"),
+    "a number as a document's id": ({"query": "x", "pos_doc": "d", "doc_id": 17}, 11, "id"),
+    "ids that do not match": ({"query": "x", "pos_doc": ["d", "e"], "pos_id": ["1"]}, 12, "schema"),
+    "a word for a score": ({"query": "x", "pos_doc": "d", "score": "high"}, 5, "schema"),
+    "an infinite score": ('{"query": "x", "pos_doc": "d", "score": Infinity}', 5, "schema"),
+    "no object": ("[1, 2]", 9, "schema"),
+    "half a surrogate pair": ('{"query": "\\ud800", "pos_doc": "d"}', 6, "encoding"),
+    "brackets without end": ("[" * 100_000, 7, "json"),
+}
+
+
+@pytest.mark.parametrize(("row", "line", "rule"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_names_file_line_and_remedy_or_is_dropped_and_counted(
+    tmp_path: Path, row: Any, line: int, rule: str
+) -> None:
+    path = jsonl(tmp_path / "data.jsonl", with_line(line, row))
+    with pytest.raises(DataError) as raised:
+        open_data(path)
+    assert str(raised.value).startswith(f"{path}:{line}: ")
+    assert raised.value.rule == rule
+    assert raised.value.remedy
+    assert len(str(raised.value).splitlines()) == 1
+    table = open_data(path, skip_bad=True)
+    assert (len(table), table.dropped, dict(table.counts)) == (39, 1, {rule: 1})
+    assert [problem.line for problem in table.problems] == [line]
+
+
+def test_latin_1_names_line_and_byte(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.jsonl"
+    good = "".join(json.dumps(row) + "\n" for row in GOOD[:25])
+    path.write_bytes(good.encode() + '{"query": "café", "pos_doc": "d"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=rf"^{path}:26: byte 15 of the line \(0xe9\) is not UTF-8; .*iconv -f latin-1"):
+        open_data(path)
+    assert open_data(path, skip_bad=True).dropped == 1
+
+
+def test_utf_16_is_named_and_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    text = json.dumps(GOOD[0])
+    (tmp_path / "wide.jsonl").write_bytes(text.encode("utf-16"))
+    with pytest.raises(DataError, match=r"wide.jsonl:1: the file is UTF-16"):
+        open_data(tmp_path / "wide.jsonl")
+    (tmp_path / "marked.jsonl").write_bytes(text.encode("utf-8-sig"))
+    assert open_data(tmp_path / "marked.jsonl").example(0).query == "question 0"
+
+
+def test_problems_are_kept_to_a_cap_and_all_counted(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "data.jsonl", [*GOOD, *[{"query": "x", "pos_doc": ""}] * 50, "{"])
+    for _ in range(2):  # parsed, then from the cache
+        table = open_data(path, skip_bad=True)
+        assert dict(table.counts) == {"empty": 50, "json": 1}
+        assert table.dropped == 51
+        assert len(table.problems) == 21
+
+
+def test_nothing_and_nothing_good(tmp_path: Path) -> None:
+    for name, content in {"nothing.jsonl": "", "blank.csv": " \n\n", "header.csv": "query,pos_doc\n"}.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=name):
+            open_data(tmp_path / name)
+    with pytest.raises(DataError, match=r"bad.jsonl:1: 'pos_doc' is empty"):
+        open_data(jsonl(tmp_path / "bad.jsonl", [{"query": "x", "pos_doc": ""}]), skip_bad=True)
+
+
+def test_an_absent_file_hints_at_a_near_name(tmp_path: Path) -> None:
+    jsonl(tmp_path / "train.jsonl", GOOD)
+    with pytest.raises(
+        KinvecError, match=r"trian.jsonl: there is no such file or folder; did you mean .*train.jsonl\?"
+    ):
+        open_data(tmp_path / "trian.jsonl")
+    with pytest.raises(KinvecError, match="check the path"):
+        open_data(tmp_path / "no" / "such" / "folder")
+
+
+def test_columns_that_fit_no_kind_are_named(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "odd.jsonl", [{"frage": "x", "antwort": "y"}])
+    with pytest.raises(DataError, match="'frage', 'antwort'"):
+        open_data(path)
+    assert open_data(path, columns={"query": "frage", "pos_doc": "antwort"}).example(0).positives == ("y",)
+    with pytest.raises(KinvecError, match="there is no column 'fragen'"):
+        open_data(path, columns={"query": "fragen", "pos_doc": "antwort"})
+    with pytest.raises(RecipeError, match="no role 'qery'; did you mean 'query'"):
+        open_data(path, columns={"qery": "frage"})
+    with pytest.raises(RecipeError, match="no kind of data 'labeled'"):
+        open_data(path, kind="labeled")
+    with pytest.raises(DataError, match="'pos_doc' is missing"):
+        open_data(jsonl(tmp_path / "queries.jsonl", [{"query": "x"}]))
+
+
+# --- JSON arrays ---
+
+
+def test_an_array_keeps_line_numbers_and_takes_elements_longer_than_its_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records_module, "WINDOW", 32)
+    rows = [{"query": f"frage ä{i}", "pos_doc": "ö" * (50 * i + 1)} for i in range(20)]
+    path = tmp_path / "array.json"
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+    table = open_data(path)
+    assert [table.example(i).positives[0] for i in range(20)] == [row["pos_doc"] for row in rows]
+    assert [table.where(i) for i in (0, 1, 19)] == [f"{path}:{line}" for line in (2, 6, 78)]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    {
+        "truncated": ('[\n{"query": "x", "pos_doc": "d"},', 2, "breaks off"),
+        "truncated in a row": ('[\n{"query": "x", "pos_doc": "d"},\n{"query": "y', 3, "unterminated string"),
+        "no comma": ('[\n{"query": "x", "pos_doc": "d"}\n{"query": "y", "pos_doc": "d"}]', 3, "',' is missing"),
+        "broken": ('[\n{"query": "x", "pos_doc": "d"},\n\n{"query" "y"}' + " " * 100 + "]", 4, "broken JSON"),
+        "null": ('[{"query": "x", "pos_doc": "d"},\nnull]', 2, "null stands where"),
+    }.values(),
+    ids=lambda value: None,
+)
+def test_a_broken_array_names_the_line(tmp_path: Path, text: str, line: int, said: str) -> None:
+    path = tmp_path / "array.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"^{path}:{line}: .*{said}"):
+        open_data(path)
+
+
+def test_a_byte_that_is_not_utf_8_spoils_one_element_of_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "array.json"
+    rows = [
+        '{"query": "x", "pos_doc": "d"}',
+        '{"query": "caf\u00e9",\n "pos_doc": "\u00e9"}',
+        '{"query": "z", "pos_doc": "e"}',
+    ]
+    path.write_bytes(("[" + ",\n".join(rows) + "]").encode("latin-1"))
+    with pytest.raises(DataError, match=rf"^{path}:2: byte 15 of the line"):
+        open_data(path)
+    table = open_data(path, skip_bad=True)
+    assert [table.example(i).query for i in range(2)] == ["x", "z"]
+
+
+# --- The same rows in every form ---
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
+    lambda text: bool(text.strip())
+)
+ROW = st.builds(
+    lambda query, positives, negatives: {"query": query, "pos_doc": positives, "neg_doc": negatives},
+    TEXT,
+    st.lists(TEXT, min_size=1, max_size=3),
+    st.lists(TEXT, max_size=2),
+)
+
+
+def write_all_forms(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
+    names = ["jsonl", "json", "csv", "tsv", "parquet"]
+    paths = {name: folder / f"rows.{name}" for name in names}
+    paths["jsonl"].write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), newline="")
+    paths["json"].write_text(json.dumps(rows, indent=1), newline="")
+    for name, delimiter in (("csv", ","), ("tsv", "\t")):
+        with open(paths[name], "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL)
+            writer.writerow(rows[0])
+            writer.writerows([[v if isinstance(v, str) else json.dumps(v) for v in row.values()] for row in rows])
+    pq.write_table(pa.Table.from_pylist(rows), paths["parquet"])
+    return list(paths.values())
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(ROW, min_size=1, max_size=8))
+def test_the_same_rows_open_to_the_same_arrow_in_every_form(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
+) -> None:
+    folder = tmp_path_factory.mktemp("forms")
+    first, *others = (open_data(path) for path in write_all_forms(folder, rows))
+    assert [(r["query"], r["pos_doc"], r["neg_doc"]) for r in values(first)] == [tuple(row.values()) for row in rows]
+    for other in others:
+        assert other.rows.drop_columns(["file", "line"]).equals(first.rows.drop_columns(["file", "line"])), other.source
+
+
+def test_optional_columns_may_begin_after_the_sample(tmp_path: Path) -> None:
+    rows: list[Any] = [{"query": f"q{i}", "pos_doc": "d"} for i in range(300)]
+    rows.append({"query": "late", "pos_doc": "d", "neg_doc": "n", "query_id": "own"})
+    example = open_data(jsonl(tmp_path / "late.jsonl", rows)).example(300)
+    assert (example.query_id, example.negatives) == ("own", ("n",))
+
+
+def test_ids_and_scores_are_kept_and_made_where_absent(tmp_path: Path) -> None:
+    row = {
+        "query": "q",
+        "query_id": "7",
+        "pos_doc": ["a", "b", "c"],
+        "pos_id": ["1", "2", "3"],
+        "pos_score": [2, 0, 1.5],
+    }
+    rows = [row | {"neg_doc": "n", "neg_score": -0.5}, {"question": "q", "positive": "a", "negative": "n"}]
+    first = open_data(jsonl(tmp_path / "ids.jsonl", rows[:1])).example(0)
+    assert (first.query_id, first.positive_ids, first.positive_scores) == ("7", ("1", "3"), (2.0, 1.5))
+    assert (first.negatives, first.negative_ids[0], first.negative_scores) == (("b", "n"), "2", (0.0, -0.5))
+    second = open_data(jsonl(tmp_path / "made.jsonl", rows[1:])).example(0)
+    assert second.positive_ids == (text_id("a"),) and second.positive_scores == (1.0,)
+    assert second.query_id == text_id("q") and second.negative_ids == (text_id("n"),) == first.negative_ids[1:]
+
+
+# --- Delimited text ---
+
+
+def test_quoted_line_breaks_keep_line_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('text,label\n"one\ntwo, three",a\n"four ""five""",b\n,c\n')
+    with pytest.raises(DataError, match=rf"^{path}:5: 'text' is empty"):
+        open_data(path)
+    table = open_data(path, skip_bad=True)
+    assert values(table) == [{"text": "one\ntwo, three", "label": "a"}, {"text": 'four "five"', "label": "b"}]
+    assert table.where(1) == f"{path}:4"
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "said"),
+    [
+        ("text,label\nfine,a\none, two,b\n", 3, "3 cells, the header 2"),
+        ('text,label\nfine,a\n"open,b\nmore,c\n', 3, "broken quoting"),
+        ("text,label\nfine\n", 2, "'label' is empty"),
+        ("I am lost,card\nMe too,card\n", 1, "names no known column"),
+    ],
+)
+def test_broken_delimited_text(tmp_path: Path, content: str, line: int, said: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    with pytest.raises(DataError, match=rf"^{path}:{line}: .*{said}"):
+        open_data(path)
+
+
+def test_columns_by_position_joined_columns_and_other_separators(tmp_path: Path) -> None:
+    (tmp_path / "bare.tsv").write_text('one "half\tx\ntwo\ty\n')
+    assert values(open_data(tmp_path / "bare.tsv", columns={"text": 0})) == [{"text": 'one "half'}, {"text": "two"}]
+    (tmp_path / "semicolon.csv").write_text("headline;body;topic\nA;b;t\nC;;u\n")
+    columns = {"text": "headline+body", "label": "topic"}
+    found = values(open_data(tmp_path / "semicolon.csv", columns=columns))
+    assert found == [{"text": "A b", "label": "t"}, {"text": "C", "label": "u"}]
+    assert values(open_data(tmp_path / "semicolon.csv", columns=columns | {"text": ["headline", "body"]})) == found
+
+
+def test_scored_pairs_with_a_header_and_without(tmp_path: Path) -> None:
+    (tmp_path / "named.csv").write_text("sentence1,sentence2,score\na,b,0.5\nc,d,1\n")
+    pairs = open_pairs(tmp_path / "named.csv")
+    assert (list(pairs.first), list(pairs.second), list(pairs.scores)) == (["a", "c"], ["b", "d"], [0.5, 1.0])
+    rows = ['g\tf\t2012\t1\t5.000\tA "b\tc', 'g\tf\t2012\t2\t0\t"d"\te\tlicence\tmore']
+    (tmp_path / "bare.csv").write_text("\n".join(rows) + "\n")
+    pairs = open_pairs(tmp_path / "bare.csv")
+    assert (list(pairs.first), list(pairs.second), list(pairs.scores)) == (['A "b', '"d"'], ["c", "e"], [5.0, 0.0])
+
+
+# --- Texts, SQuAD, NLI ---
+
+
+def test_plain_texts_and_conllu(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("[1] one\n\n{two}\n")
+    assert values(open_data(tmp_path / "lines.txt")) == [{"text": "[1] one"}, {"text": "{two}"}]
+    (tmp_path / "bank.conllu").write_text("# sent_id = 1\n# text = Ето.\n1\tЕто\n\n")
+    assert values(open_data(tmp_path / "bank.conllu")) == [{"text": "Ето."}]
+    (tmp_path / "list.json").write_text('["one", "two"]')
+    assert values(open_data(tmp_path / "list.json")) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_squad_questions_with_answers(tmp_path: Path) -> None:
+    asked = [{"id": "1", "question": "Who?"}, {"id": "1", "question": "When?"}]
+    paragraphs = [{"context": "Ada, 1843.", "qas": [*asked, {"question": "Why?", "is_impossible": True}]}]
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"version": "2.0", "data": [{"title": "Ada", "paragraphs": paragraphs}]}))
+    examples = [open_data(path).example(i) for i in range(2)]
+    assert [(e.query, e.positives) for e in examples] == [("Who?", ("Ada, 1843.",)), ("When?", ("Ada, 1843.",))]
+    assert examples[0].query_id != examples[1].query_id
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"qas": [{"question": "Who?"}]}]}]}))
+    with pytest.raises(DataError, match="squad.json:1: not as SQuAD has it: .*'context'"):
+        open_data(path)
+
+
+def test_nli_groups_a_premise_wherever_its_pairs_stand(tmp_path: Path) -> None:
+    lines = [
+        ("A man plays.", "He plays.", "entailment"),
+        ("Rain.", "Sun.", "contradiction"),
+        ("Rain.", "It rains.", "-"),
+    ]
+    lines += [("A man plays.", "He sleeps.", "contradiction"), ("A man plays.", "He is tall.", "neutral")]
+    for part, column in zip(("s1", "s2", "labels"), zip(*lines, strict=True), strict=True):
+        (tmp_path / f"{part}.dev").write_text("".join(f"{text} \n" for text in column))
+    expected = [("A man plays.", ["He plays."], ["He sleeps."])]
+    for source in (tmp_path, tmp_path / "s1.dev"):
+        table = open_data(source, split="dev")
+        assert [(row["query"], row["pos_doc"], row["neg_doc"]) for row in values(table)] == expected
+        assert table.where(0) == f"{tmp_path / 's1.dev'}:1"
+    rows = [dict(zip(("premise", "hypothesis", "label"), (a, b, label), strict=True)) for a, b, label in lines]
+    named = open_data(jsonl(tmp_path / "named.jsonl", rows))
+    assert [(row["query"], row["pos_doc"], row["neg_doc"]) for row in values(named)] == expected
+    with pytest.raises(DataError, match=r"named.jsonl:3: 'label' is 'maybe'"):
+        open_data(jsonl(tmp_path / "named.jsonl", [*rows[:2], rows[2] | {"label": "maybe"}]))
+    with pytest.raises(DataError, match="no split 'train'"):
+        open_data(tmp_path)
+    (tmp_path / "s2.dev").write_text("He plays.\n")
+    with pytest.raises(DataError, match=r"s2.dev:2: the file ends here"):
+        open_data(tmp_path, split="dev")
+
+
+# --- BEIR folders ---
+
+
+@pytest.fixture
+def beir_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    documents = [("d1", "Title", "one"), ("d2", "", "two"), ("d3", "Only", ""), ("d4", "", "four")]
+    jsonl(folder / "corpus.jsonl", [{"_id": i, "title": title, "text": text} for i, title, text in documents])
+    jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": f"question {i}"} for i in range(1, 5)])
+    (folder / "qrels" / "train.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq2\td2\t2\nq1\td1\t1\nq2\td3\t1\nq2\td4\t0\nq3\td4\t0\n"
+    )
+    (folder / "qrels" / "test.tsv").write_text("q4\td1\t1\n")
+    return folder
+
+
+def test_beir_grades_become_positives_and_judged_negatives(beir_folder: Path) -> None:
+    table = open_data(beir_folder)
+    first, second = table.example(0), table.example(1)
+    assert (first.query_id, first.positives, first.positive_scores) == ("q2", ("two", "Only"), (2.0, 1.0))
+    assert (first.negative_ids, first.negatives, first.negative_scores) == (("d4",), ("four",), (0.0,))
+    assert (second.query_id, second.positives) == ("q1", ("Title one",))
+    assert len(table) == 2 and "1 judged queries have no relevant document" in table.warnings[0]
+    assert table.where(0) == f"{beir_folder / 'qrels' / 'train.tsv'}:2"
+
+
+def test_beir_test_judgements_are_no_part_of_training_data(beir_folder: Path) -> None:
+    before = open_data(beir_folder)
+    (beir_folder / "qrels" / "test.tsv").write_text("q4\td2\t1\n")
+    after = open_data(beir_folder)
+    assert before.fingerprint == after.fingerprint and values(before) == values(after)
+
+
+def test_beir_as_a_search_problem(beir_folder: Path) -> None:
+    data = open_retrieval(beir_folder)
+    assert (data.queries, data.qrels) == ({"q4": "question 4"}, {"q4": {"d1": 1}})
+    assert list(data.corpus.ids) == ["d1", "d2", "d3", "d4"]
+    assert list(data.corpus.texts) == ["Title one", "two", "Only", "four"]
+    assert data.corpus.texts[-1] == "four" and data.corpus.texts[1:3] == ["two", "Only"]
+    with pytest.raises(IndexError):
+        data.corpus.texts[4]
+    assert open_retrieval(beir_folder, split="train").qrels["q2"] == {"d2": 2, "d3": 1, "d4": 0}
+    with pytest.raises(DataError, match=r"no judgements for the split 'dev' \(there are: test, train\)"):
+        open_retrieval(beir_folder, split="dev")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("qrels/train.tsv", "q1\td9\t1\n", r"train.tsv:1: document 'd9' is not in corpus.jsonl"),
+        ("qrels/train.tsv", "q1\td1\t1\nq9\td1\t1\n", r"train.tsv:2: query 'q9' is not in queries.jsonl"),
+        ("qrels/train.tsv", "q1\td1\t1\nq1\td2\tgood\n", r"train.tsv:2: a judgement is"),
+        ("qrels/train.tsv", "q1\td1\t1\nq1\td1\t0\n", r"train.tsv:2: document 'd1' has two scores"),
+        ("qrels/train.tsv", "", r"train.tsv: there is no judgement"),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "b"}\n', r"corpus.jsonl:2: the '_id'"),
+        ("corpus.jsonl", '{"_id": 1, "text": "a"}\n', r"corpus.jsonl:1: '_id' is a number"),
+        ("queries.jsonl", '{"_id": "q1", "text": ""}\n', r"queries.jsonl:1: 'text' is empty"),
+    ],
+)
+def test_faults_of_a_beir_folder(beir_folder: Path, file: str, content: str, said: str) -> None:
+    (beir_folder / file).write_text(content)
+    with pytest.raises(DataError, match=said):
+        open_data(beir_folder)
+
+
+# --- Folders of files, and data sets of the `datasets` library ---
+
+
+def test_a_folder_gives_the_file_of_its_split(tmp_path: Path) -> None:
+    jsonl(tmp_path / "set-train.jsonl", GOOD[:3])
+    assert len(open_data(tmp_path)) == 3
+    jsonl(tmp_path / "set-validation.jsonl", GOOD[:2])
+    assert len(open_data(tmp_path, split="dev")) == 2
+    with pytest.raises(KinvecError, match=r"no file of the split 'test' \(there is set-train.jsonl"):
+        open_data(tmp_path, split="test")
+    jsonl(tmp_path / "train.jsonl", GOOD[:1])
+    with pytest.raises(KinvecError, match="several files of the split 'train'"):
+        open_data(tmp_path)
+
+
+def test_numbered_parts_are_read_in_order_and_name_their_own_lines(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for part in (1, 0):
+        jsonl(tmp_path / "data" / f"train-{part:05}-of-00002.jsonl", GOOD[2 * part : 2 * part + 2])
+    table = open_data(tmp_path)
+    assert [table.example(i).query for i in range(4)] == [f"question {i}" for i in range(4)]
+    assert table.where(3) == f"{tmp_path}/data/train-00001-of-00002.jsonl:2"
+
+
+def test_a_saved_data_set_and_its_class_names(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    whole = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=features)
+    datasets.DatasetDict({"train": whole, "test": whole.select([2])}).save_to_disk(tmp_path / "set")
+    assert [row["label"] for row in values(open_data(tmp_path / "set"))] == ["yes", "no", "yes"]
+    assert values(open_data(tmp_path / "set", split="test")) == [{"text": "c", "label": "yes"}]
+    with pytest.raises(KinvecError, match="no split 'dev'; name one of train, test"):
+        open_data(tmp_path / "set", split="dev")
+
+
+def test_a_hub_name_is_loaded_by_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, config: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([{"question": "q", "answer": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert open_data("owner/set:plain").example(0).positives == ("a",)
+    assert asked == [("owner/set", "plain", "train")]
+
+
+def test_a_hub_name_that_cannot_be_had_is_one_sentence() -> None:
+    with pytest.raises(
+        KinvecError, match=r"^owner/no-such-set: there is no such file or folder, and as a hub data set"
+    ):
+        open_data("owner/no-such-set")
+
+
+# --- Streams for encoding ---
+
+
+def test_queries_and_documents_as_streams(tmp_path: Path, beir_folder: Path) -> None:
+    assert list(read_queries(beir_folder))[0] == ("q1", "question 1")
+    assert list(read_documents(beir_folder / "corpus.jsonl")) == list(read_documents(beir_folder))
+    assert list(read_documents(beir_folder))[0] == ("d1", "Title one")
+    rows = [{"query": "q", "pos_doc": ["a", "b"]}, {"query": "q", "pos_doc": "a", "neg_doc": "n", "neg_id": "7"}]
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    assert list(read_queries(path)) == [(text_id("q"), "q")]
+    assert list(read_documents(path)) == [(text_id("a"), "a"), (text_id("b"), "b"), ("7", "n")]
+    (tmp_path / "lines.txt").write_text("one\ntwo\n")
+    assert list(read_documents(tmp_path / "lines.txt")) == [(text_id("one"), "one"), (text_id("two"), "two")]
+    with pytest.raises(DataError, match=r"ids.jsonl:2: 'query_id' is a number \(2\); ids are texts"):
+        list(
+            read_queries(
+                jsonl(tmp_path / "ids.jsonl", [{"query_id": "1", "query": "x"}, {"query_id": 2, "query": "y"}])
+            )
+        )
+    with pytest.raises(DataError, match=r"other.jsonl:1: none of query, question"):
+        list(read_queries(jsonl(tmp_path / "other.jsonl", [{"body": "x"}])))
+
+
+def test_judgements_of_a_query_file(tmp_path: Path) -> None:
+    rows = [
+        {"query_id": "1", "query": "x", "doc_id": ["a", "b"]},
+        {"query": "y", "doc_id": "c", "score": 2},
+        {"query": "z"},
+    ]
+    found = list(read_judgements(jsonl(tmp_path / "queries.jsonl", rows)))
+    assert found == [("1", "a", 1), ("1", "b", 1), (text_id("y"), "c", 2)]
+
+
+def test_examples_as_a_search_problem(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"query_id": "1", "query": "x", "pos_doc": ["a", "b"], "pos_score": [2, 0.5], "neg_doc": ["n"]},
+        {"query_id": "1", "query": "x", "pos_doc": "n2"},
+        {"query_id": "2", "query": "y", "pos_doc": "a"},
+    ]
+    data = open_retrieval(jsonl(tmp_path / "rows.jsonl", rows))
+    a, b, n, n2 = map(text_id, ("a", "b", "n", "n2"))
+    assert data.qrels == {"1": {a: 2, b: 1, n: 0, n2: 1}, "2": {a: 1}}
+    assert list(data.corpus.texts) == ["a", "b", "n", "n2"]
+    rows[2] |= {"pos_id": "7"}
+    rows[1] |= {"pos_id": "7"}
+    with pytest.raises(DataError, match=r"rows.jsonl:3: the document id '7' stands for another text"):
+        open_retrieval(jsonl(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the query_id '1' stands for another text"):
+        open_retrieval(jsonl(tmp_path / "rows.jsonl", [rows[0], rows[1] | {"query": "other"}]))
+
+
+# --- The cache ---
+
+
+def cached(suffix: str = ".arrow") -> set[Path]:
+    return set((Path(os.environ["KINVEC_CACHE"]) / "data").glob(f"*{suffix}"))
+
+
+def test_a_copy_is_recognised_by_content_and_named_where_it_lies(tmp_path: Path) -> None:
+    first = jsonl(tmp_path / "first.jsonl", with_line(3, {"query": "copied", "pos_doc": ""}))
+    table = open_data(first, skip_bad=True)
+    known = cached()
+    copy = tmp_path / "folder" / "second.jsonl"
+    copy.parent.mkdir()
+    copy.write_bytes(first.read_bytes())
+    again = open_data(copy, skip_bad=True)
+    assert cached() == known and again.fingerprint == table.fingerprint
+    assert again.problems[0].file == str(copy) and again.where(0) == f"{copy}:1"
+    with pytest.raises(DataError, match=rf"^{copy}:3: "):
+        open_data(copy)
+    copy.write_text(copy.read_text().replace("answer 9", "answer nine"))
+    assert open_data(copy, skip_bad=True).fingerprint != table.fingerprint
+    assert open_data(first, skip_bad=True, columns={"pos_doc": "query"}).fingerprint != table.fingerprint
+
+
+def test_what_was_left_half_written_is_made_again(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", [{"query": "half", "pos_doc": "written"}])
+    table = open_data(path)
+    expected, cut = values(table), table.arrow.path
+    cut.write_bytes(cut.read_bytes()[:100])
+    assert values(open_data(path)) == expected
+    cut.with_suffix(".json").unlink()
+    assert values(open_data(path)) == expected
+    assert not cached(".tmp")
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """What a full disk looks like to a writer: no file may grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KINVEC_CACHE", str(tmp_path / "cache"))
+    path = jsonl(tmp_path / "rows.jsonl", [{"query": f"q{i}", "pos_doc": "d" * 1000} for i in range(2000)])
+    with largest_file(100_000), pytest.raises(KinvecError, match=r"the disk is full.*KINVEC_CACHE"):
+        open_data(path)
+    assert list((tmp_path / "cache" / "data").iterdir()) == []
+    assert len(open_data(path)) == 2000
+
+
+def test_batches_of_many_rows_and_of_long_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrow_module, "BATCH_ROWS", 7)
+    monkeypatch.setattr(arrow_module, "BATCH_CHARACTERS", 500)
+    rows = [{"text": f"{i} " + "x" * (400 * (i % 5 == 0))} for i in range(50)]
+    table = open_data(jsonl(tmp_path / "texts.jsonl", rows))
+    assert values(table) == rows and [table.arrow.value("text", i) for i in range(50)] == [row["text"] for row in rows]
+    passed = [text for batch in table.batches(["text"]) for text in batch.column(0).to_pylist()]
+    assert passed == [row["text"] for row in rows] and max(b.num_rows for b in table.batches()) <= 7
+
+
+# --- Writers and hashes ---
+
+
+def test_writers_replace_in_one_step_or_not_at_all(tmp_path: Path) -> None:
+    write_json(tmp_path / "deep" / "value.json", {"ä": [1]})
+    assert json.loads((tmp_path / "deep" / "value.json").read_text()) == {"ä": [1]}
+    write_text(tmp_path / "text", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "text", "new\ud800")
+    assert (tmp_path / "text").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "text"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    for name in ("new", "final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(name)
+    replace_folder(tmp_path / "new", tmp_path / "final")
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["final", "final/new"]
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "absent", tmp_path / "final")
+    assert (tmp_path / "final" / "new").read_text() == "new"
+
+
+def test_fingerprints_are_of_content(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "file").write_bytes(b"content")
+    assert content_fingerprint(tmp_path / "one") == content_fingerprint(tmp_path / "two")
+    assert content_fingerprint(tmp_path / "one" / "inner" / "file") == content_fingerprint(b"content")
+    (tmp_path / "two" / "inner" / "file").rename(tmp_path / "two" / "inner" / "other")
+    assert content_fingerprint(tmp_path / "one") != content_fingerprint(tmp_path / "two")
+
+
+def test_text_keys_see_through_case_and_white_space() -> None:
+    texts = ["Straße  am\tSee", " STRASSE am See\n", "Strasse am Fluss"]
+    keys = text_keys(texts)
+    assert keys.dtype == np.int64 and keys.shape == (3,)
+    assert keys[0] == keys[1] == text_key("strasse am see") != keys[2]
+    assert normalise(texts[0]) == "strasse am see"
+    assert text_id(texts[0]) != text_id(texts[1])
+
+
+# --- The real files ---
+
+REAL = {
+    "scifact": ("retrieval", 809), "banking77": ("labelled", 10_003), "huffpost_news_10k": ("labelled", 9_999),
+    "stsb": ("pairs", 5_749), "tydiqa_en": ("retrieval", 3_696), "exams_bg": ("texts", 2_113),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_data_opens_as_it_comes(shared_data: Path, name: str) -> None:
+    table = open_data(shared_data / name)
+    assert (table.kind, len(table)) == REAL[name]
+    assert detect_kind(shared_data / name) == table.kind
+
+
+def test_real_sts_pairs_are_what_splitting_at_tabs_gives(shared_data: Path) -> None:
+    for split, rows in (("train", 5749), ("dev", 1500), ("test", 1379)):
+        path = shared_data / "stsb" / f"sts-{split}.csv"
+        cells = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
+        pairs = open_pairs(path)
+        assert len(pairs.scores) == rows == len(cells)
+        assert list(pairs.first) == [row[5] for row in cells]
+        assert list(pairs.second) == [row[6].rstrip("\r") for row in cells]
+        assert list(pairs.scores) == [float(row[4]) for row in cells]
+
+
+def test_real_nli_and_treebank(shared_data: Path) -> None:
+    lines = {part: (shared_data / "snli" / f"{part}.dev").read_text().splitlines() for part in ("s1", "labels")}
+    entailed = {s1.strip() for s1, label in zip(*lines.values(), strict=True) if label == "entailment"}
+    table = open_data(shared_data / "snli", split="dev")
+    assert len(table) == len({normalise(text) for text in entailed})
+    assert len(open_data(shared_data / "ud_bulgarian_btb", split="dev")) == 1115
+    columns = {"text": "0"}
+    assert len(open_data(shared_data / "wikisplit" / "tune.tsv", columns=columns)) == 5000
+
+
+def test_real_news_joins_headline_and_description(shared_data: Path) -> None:
+    path = next((shared_data / "huffpost_news_10k").glob("*.json"))
+    first = json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0])
+    assert open_data(path).arrow.value("text", 0) == f"{first['headline']} {first['short_description']}"
