@@ -1,0 +1,94 @@
+"""`kinvec evaluate`: what it detects, what it refuses before any work, and what it prints and writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MINILM
+
+from kinvec import tasks
+from kinvec.cli import load_verb
+from kinvec.contracts import KinvecError, RecipeError
+from kinvec.verbs.evaluate import evaluate
+
+DOCUMENTS = {"d1": "The cat sat on the mat.", "d2": "Stock markets fell.", "d3": "Rivers flow to the sea."}
+
+
+@pytest.fixture
+def beir(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny"
+    (folder / "qrels").mkdir(parents=True)
+    rows = [{"_id": key, "title": "", "text": text} for key, text in DOCUMENTS.items()]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    queries = [{"_id": "q1", "text": "a kitten on a rug"}, {"_id": "q2", "text": "rivers"}]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t2\nq2\td3\t1\n")
+    return folder
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **settings: Any) -> None:
+        raise AssertionError("a model was loaded although the arguments are wrong")
+
+    monkeypatch.setattr("kinvec.embedder.Embedder.load", load)
+
+
+def test_bm25_can_be_evaluated_by_itself_and_compared_with(beir: Path, tmp_path: Path) -> None:
+    result = evaluate("bm25", beir, out=tmp_path / "out", measures=["RR@10"])
+    assert result.model == "BM25" and result.per_query["RR@10"] == [0.0, 1.0] and result.baselines == {}
+    assert tasks.load_result(tmp_path / "out") == result
+
+
+def test_a_model_understands_what_bm25_does_not(beir: Path) -> None:
+    result = evaluate(MINILM, beir, precision="fp32", device="cpu")
+    assert result.metrics["RR@10"] == 1.0 and result.baselines["BM25"]["RR@10"] == 0.5
+    assert (result.task, result.split, result.model) == ("tiny", "test", MINILM)
+
+
+def test_scored_pairs_are_detected(tmp_path: Path) -> None:
+    pairs = [
+        ("A cat sits.", "A kitten is sitting.", 4.5),
+        ("A cat sits.", "Markets fell.", 0.2),
+        ("Rain.", "It rains.", 4.8),
+    ]
+    rows = [{"first": a, "second": b, "score": s} for a, b, s in pairs]
+    (tmp_path / "sts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = evaluate(MINILM, tmp_path / "sts.jsonl", precision="fp32", device="cpu")
+    assert result.kind == "similarity" and set(result.metrics) == {"spearman_cosine", "pearson_cosine"}
+    assert result.metrics["pearson_cosine"] > 0.9 and result.per_query["query"][2] == "Rain."
+    with pytest.raises(RecipeError, match="bm25 searches"):
+        evaluate("bm25", tmp_path / "sts.jsonl")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_what_is_wrong_is_said_before_a_model_is_loaded(beir: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("not a result")
+    (tmp_path / "labels.csv").write_text("text,label\nhello,greeting\nbye,farewell\n")
+    wrong: list[tuple[type[KinvecError], str, dict[str, Any]]] = [
+        (RecipeError, "either --model NAME or --embeddings", {"data": beir}),
+        (RecipeError, "add --data", {"model": MINILM}),
+        (RecipeError, "unknown measure 'ndcg'", {"model": MINILM, "data": beir, "measures": ["ndcg"]}),
+        (KinvecError, r"notes\.txt", {"model": MINILM, "data": beir, "out": tmp_path / "mine"}),
+        (KinvecError, "split 'dev'", {"model": MINILM, "data": beir, "split": "dev"}),
+        (KinvecError, "labelled, which cannot be scored", {"model": MINILM, "data": tmp_path / "labels.csv"}),
+        (KinvecError, "no such file", {"model": MINILM, "data": tmp_path / "absent"}),
+    ]
+    for error, message, arguments in wrong:
+        with pytest.raises(error, match=message):
+            evaluate(**arguments)
+
+
+def test_the_command_prints_a_table_and_json(beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = load_verb("evaluate")
+    command(["--model", "bm25", "--data", str(beir), "--out", str(tmp_path / "out")], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "tiny, test: 2 queries" in shown and "nDCG@10" in shown and "BM25" in shown and "written to" in shown
+    command(["--model", "bm25", "--data", str(beir), "--json"], standalone_mode=False)
+    told = json.loads(capsys.readouterr().out)
+    assert told["metrics"]["R@10"] == 0.5 and told["queries"] == 2
+    assert told["metrics"] == json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
