@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import json
 import re
 import sysconfig
 import warnings
@@ -19,6 +20,7 @@ from pathlib import Path
 import xxhash
 
 from kinvec.console import progress
+from kinvec.files import write_text
 
 PACKAGES = ("stdlib", "numpy", "scipy", "sklearn", "pandas", "networkx", "sympy", "torch")
 """Well-documented packages that come with kinvec, by import name; `stdlib` is Python's own library."""
@@ -126,12 +128,13 @@ def _plain(text: str) -> str:
 
 
 def distinct(pairs: Iterable[Pair]) -> list[Pair]:
-    """The first of all pairs that share their query, their document, or their document's opening words."""
+    """The first of all pairs that share their name, query, document, or their document's opening words."""
     kept: list[Pair] = []
     seen: set[tuple[str, str]] = set()
     for pair in pairs:
         words = _normal(pair.document).split()
         keys = {
+            ("name", pair.name),
             ("query", _normal(pair.query)),
             ("document", " ".join(words)),
             ("opening", " ".join(words[:SAME_OPENING])),
@@ -144,6 +147,15 @@ def distinct(pairs: Iterable[Pair]) -> list[Pair]:
 
 def _normal(text: str) -> str:
     return " ".join(_WORD.findall(text.lower()))
+
+
+def counts(pairs: Iterable[Pair]) -> dict[str, int]:
+    """Pairs by package, in the order of `PACKAGES`; what is none of them belongs to the standard library."""
+    found = dict.fromkeys(PACKAGES, 0)
+    for pair in pairs:
+        package = pair.name.partition(".")[0]
+        found[package if package in found else "stdlib"] += 1
+    return {package: count for package, count in found.items() if count}
 
 
 def split(pairs: Sequence[Pair], test_share: float) -> tuple[list[Pair], list[Pair]]:
@@ -159,6 +171,23 @@ def split(pairs: Sequence[Pair], test_share: float) -> tuple[list[Pair], list[Pa
             tested.add(group)
             filled += sizes[group]
     return [p for p in pairs if p.group not in tested], [p for p in pairs if p.group in tested]
+
+
+def write_beir(folder: Path, train: Sequence[Pair], test: Sequence[Pair], words: int) -> Path:
+    """Write a BEIR folder whose corpus holds the documents of both splits, each cut after `words` words."""
+    pairs = [*test, *train]
+    corpus = [{"_id": p.name, "title": "", "text": " ".join(p.document.split()[:words])} for p in pairs]
+    queries = [{"_id": _query_id(p), "text": p.query} for p in pairs]
+    for name, records in (("corpus", corpus), ("queries", queries)):
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    for name, part in (("train", train), ("test", test)):
+        rows = "".join(f"{_query_id(p)}\t{p.name}\t1\n" for p in part)
+        write_text(folder / "qrels" / f"{name}.tsv", "query-id\tcorpus-id\tscore\n" + rows)
+    return folder
+
+
+def _query_id(pair: Pair) -> str:
+    return f"q:{pair.name}"  # not the document's id: BEIR's own tools drop a result that has the query's
 
 
 def _hash(text: str) -> int:

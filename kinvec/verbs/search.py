@@ -1,0 +1,178 @@
+"""`kinvec search`: a question in, the answers of a run's base and tuned model side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kinvec.contracts import Corpus, RetrievalData
+    from kinvec.embedder import Embedder
+
+SIDES = ("base", "tuned")
+SNIPPET = 240  # characters of an answer that a table shows
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One model with its vectors of the corpus, ready to be asked."""
+
+    embedder: Embedder
+    corpus: Corpus
+    shards: list[np.ndarray]
+
+    def answers(self, question: str, k: int) -> list[dict[str, Any]]:
+        """The k best documents for a question, best first: id, score, text."""
+        from kinvec.topk import top_k
+
+        scores, rows = top_k(self.embedder.encode_queries([question]), self.shards, self.corpus.ids, k)
+        found = zip(rows[0].tolist(), scores[0].tolist(), strict=True)
+        return [{"id": self.corpus.ids[row], "score": score, "text": self.corpus.texts[row]} for row, score in found]
+
+
+def search(
+    run: str | Path,
+    question: str,
+    k: int = 5,
+    *,
+    precision: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """What both models of a run answer: `{"question": …, "base": [{id, score, text}, …], "tuned": […]}`.
+
+    The corpus is the one that the run was evaluated on. Its vectors are made at the first call and kept in the run
+    folder. Raises `KinvecError` where the folder is no finished run's or the run's data are no longer there.
+    """
+    return ask(open_engines(run, precision=precision, device=device, threads=threads), question, k)
+
+
+def ask(engines: dict[str, Engine], question: str, k: int) -> dict[str, Any]:
+    """The answers of every engine to one question."""
+    return {"question": question} | {side: engine.answers(question, k) for side, engine in engines.items()}
+
+
+def open_engines(
+    run: str | Path, *, precision: str | None = None, device: str | None = None, threads: int | None = None
+) -> dict[str, Engine]:
+    """Both models of a run with their vectors of its evaluation corpus; settings default to the run's own."""
+    from kinvec.backbone import set_threads
+    from kinvec.contracts import KinvecError
+    from kinvec.pipeline import open_model, open_run_data
+    from kinvec.recipe import load_recipe
+
+    folder = Path(run)
+    if not (folder / "recipe.yaml").is_file():
+        raise KinvecError(f"{folder} is no run folder (it has no recipe.yaml); name the folder that kinvec train wrote")
+    if not (folder / "model" / "modules.json").is_file():
+        raise KinvecError(f"{folder}: the run has no tuned model yet; run the same kinvec train again, it continues")
+    own = load_recipe(folder / "recipe.yaml")
+    given = {"precision": precision, "device": device, "threads": threads}
+    recipe = own.model_copy(update={key: value for key, value in given.items() if value is not None})
+    set_threads(recipe.threads)
+    data = open_run_data(recipe)
+    problem = data.test or data.dev
+    if problem is None:
+        raise KinvecError(f"{folder}: the run was made without evaluation data, so there is no corpus to search")
+    models = {"base": recipe, "tuned": recipe.model_copy(update={"model": str(folder / "model"), "prompts": {}})}
+    return {side: _engine(folder / "search", open_model(models[side]), problem, side) for side in SIDES}
+
+
+def _engine(folder: Path, embedder: Embedder, data: RetrievalData, side: str) -> Engine:
+    """The model with its vectors: those kept from before if model and data are the same, else made now."""
+    from kinvec.console import say
+    from kinvec.files import vectors
+
+    place = folder / embedder.fingerprint
+    settings = {"model": embedder.fingerprint, "data": data.fingerprint, "window": vectors.WINDOW}
+    state = vectors.read_state(place)
+    if state is None or state["settings"] != settings:
+        vectors.refuse_foreign(place)
+        with vectors.listed(place, {"doc": _documents(data)}, ()) as (beside, rows):
+            state = vectors.begin(place, beside, rows, settings) | {"finished": False}
+    if not state.pop("finished"):
+        say(f"encoding {len(data.corpus):,} documents with the {side} model, once")
+        vectors.write_side(place, "doc", state["rows"]["doc"], _documents(data), embedder.encode_documents)
+        vectors.finish(place, state, {"model": embedder.name, "dimension": embedder.dimension})
+    return Engine(embedder, data.corpus, vectors.open_vectors(place, "doc").shards)
+
+
+def _documents(data: RetrievalData) -> Iterator[tuple[str, str]]:
+    return zip(data.corpus.ids, data.corpus.texts, strict=True)
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    question: Annotated[str | None, typer.Argument(help="What to search for; without it, you are asked.")] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Answers of each model.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each question.")] = False,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or auto; unset, as the run.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto; unset, as the run.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; unset, as the run.")] = None,
+) -> None:
+    """Ask a question and see what the base and the tuned model answer, side by side.
+
+    The documents are those the run was evaluated on. They are encoded once with each model and kept in the run folder.
+    """
+    engines = open_engines(run, precision=precision, device=device, threads=threads)
+    for asked in [question] if question is not None else _questions(run, engines):
+        found = ask(engines, asked, k)
+        if as_json:
+            print(json.dumps(found, ensure_ascii=False), flush=True)
+        else:
+            show(found)
+
+
+def _questions(run: Path, engines: dict[str, Engine]) -> Iterator[str]:
+    """Questions typed at a prompt, or one a line from a pipe; an empty line or the end of the input ends them."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    print(f"{len(engines['base'].corpus):,} documents of {run}. Type a question; an empty line ends.")
+    while True:
+        try:
+            asked = input("\nquestion> ").strip()
+        except EOFError:
+            return
+        if not asked:
+            return
+        yield asked
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the answers to one question in two columns."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(found["question"], style="bold"), title_justify="left", show_lines=True)
+    table.add_column("", justify="right")
+    for side in SIDES:
+        table.add_column(side, ratio=1)
+    places = {side: {answer["id"]: place for place, answer in enumerate(found[side], 1)} for side in SIDES}
+    for place, (base, tuned) in enumerate(zip(found["base"], found["tuned"], strict=True), 1):
+        table.add_row(str(place), _cell(base), _cell(tuned, _moved(tuned["id"], place, places["base"])))
+    Console().print(table)
+
+
+def _moved(identity: str, place: int, before: dict[str, int]) -> str:
+    """How the tuned model's answer stood with the base."""
+    if identity not in before:
+        return " new"
+    return "" if before[identity] == place else f" was {before[identity]}"
+
+
+def _cell(answer: dict[str, Any], note: str = "") -> Any:
+    from rich.text import Text
+
+    text = " ".join(answer["text"].split())
+    shown = text if len(text) <= SNIPPET else text[:SNIPPET].rsplit(" ", 1)[0] + " …"
+    return Text.assemble((f"{answer['score']:.3f} {answer['id']}{note}\n", "dim"), shown)
