@@ -213,8 +213,10 @@ class EqualLengthAttention(torch.autograd.Function):
                 ks, vs = (_by_head(x, start, g, length, groups) for x in (k, v))
                 probs, tanh = _probabilities(qs, ks, mask.bias(start, length, q), scale, softcap)
                 keep = keep_mask(probs.shape, dropout, q.device) if dropout > 0.0 else None
-                seen = probs if keep is None else (probs * keep).mul_(1.0 / (1.0 - dropout))
-                _from_heads(torch.bmm(seen, vs), g, out[start : start + g * length])
+                mixed = torch.bmm(probs if keep is None else probs * keep, vs)
+                if keep is not None:  # rescaling after the product touches L / D times fewer numbers
+                    mixed.mul_(1.0 / (1.0 - dropout))
+                _from_heads(mixed, g, out[start : start + g * length])
                 saved += [qs, ks, vs, probs, keep, tanh]
         ctx.save_for_backward(*saved)
         ctx.shapes = q.shape, k.shape, v.shape
@@ -228,12 +230,12 @@ class EqualLengthAttention(torch.autograd.Function):
         for run, (start, g, length) in enumerate(_runs(ctx.pack)):
             qs, ks, vs, probs, keep, tanh = saved[6 * run : 6 * run + 6]
             dout = _by_head(grad, start, g, length)
-            dprobs = torch.bmm(dout, vs.transpose(1, 2))
             seen = probs
             if keep is not None:
-                rescale = 1.0 / (1.0 - ctx.dropout)
-                seen = (probs * keep).mul_(rescale)
-                dprobs.mul_(keep).mul_(rescale)
+                dout, seen = dout * (1.0 / (1.0 - ctx.dropout)), probs * keep
+            dprobs = torch.bmm(dout, vs.transpose(1, 2))
+            if keep is not None:
+                dprobs.mul_(keep)
             dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
             if tanh is not None:
                 dscores.mul_(1.0 - tanh * tanh)

@@ -19,7 +19,7 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinvec.backbone import Backbone, fetch, fuse, load_backbone, resolve_device, resolve_precision
+from kinvec.backbone import Backbone, fetch, fuse, keep_pages, load_backbone, resolve_device, resolve_precision
 from kinvec.batching import Pack, Tokens, packs, tokenize
 from kinvec.console import progress as progress_bar
 from kinvec.contracts import KinvecError
@@ -190,6 +190,7 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
     """The embedder of a folder in float32, on the CPU, unfused: the state from which training starts."""
     from transformers import AutoTokenizer
 
+    keep_pages()
     folder = fetch(str(name_or_folder))
     modules = _read_json(folder / "modules.json") if (folder / "modules.json").is_file() else None
     inner = folder / (modules[0].get("path") or "") if modules else folder
