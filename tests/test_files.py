@@ -304,6 +304,8 @@ def test_columns_by_position_joined_columns_and_other_separators(tmp_path: Path)
     columns = {"text": "headline+body", "label": "topic"}
     found = values(open_data(tmp_path / "semicolon.csv", columns=columns))
     assert found == [{"text": "A b", "label": "t"}, {"text": "C", "label": "u"}]
+    example = open_data(tmp_path / "semicolon.csv", columns={"query": "topic", "pos_doc": "headline+body"}).example(0)
+    assert (example.query, example.positives) == ("t", ("A b",))
     assert values(open_data(tmp_path / "semicolon.csv", columns=columns | {"text": ["headline", "body"]})) == found
 
 
@@ -411,6 +413,7 @@ def test_beir_as_a_search_problem(beir_folder: Path) -> None:
     with pytest.raises(IndexError):
         data.corpus.texts[4]
     assert open_retrieval(beir_folder, split="train").qrels["q2"] == {"d2": 2, "d3": 1, "d4": 0}
+    assert detect_kind(beir_folder, split="dev") == "retrieval"
     with pytest.raises(DataError, match=r"no judgements for the split 'dev' \(there are: test, train\)"):
         open_retrieval(beir_folder, split="dev")
 

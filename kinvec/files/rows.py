@@ -129,7 +129,10 @@ def _documents(record: Mapping[str, Any], columns: Columns, side: str, score: fl
     if role not in columns:
         return []
     name = _name(columns, role)
-    value = record.get(name) if side == "neg" else _cell(record, name)
+    if len(columns[role]) > 1:  # several columns make one document
+        value: Any = text_of(record, columns, role)
+    else:
+        value = record.get(name) if side == "neg" else _cell(record, name)
     if side == "neg" and value in (None, ""):
         return []
     values = as_list(value)

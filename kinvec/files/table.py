@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from kinvec.contracts import Example
+from kinvec.files import beir
 from kinvec.files.arrow import ArrowTable, cached_table
 from kinvec.files.problems import DataError, Notes
 from kinvec.files.rows import SCHEMAS
@@ -101,4 +102,5 @@ def open_data(
 
 def detect_kind(source: str | Path, *, split: str = "train") -> str:
     """`retrieval`, `pairs`, `labelled` or `texts`, by content."""
-    return plan_of(str(source), split, None, None).kind
+    folder = Path(source).expanduser()
+    return "retrieval" if beir.is_beir(folder) else plan_of(str(source), split, None, None).kind
