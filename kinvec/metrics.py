@@ -60,7 +60,9 @@ def retrieval(
     row = {query: i for i, query in enumerate(qrels)}
     measures = parse_measures(names)
     values = {str(measure): np.zeros(len(qrels)) for measure in measures}
-    for metric in ir_measures.iter_calc(measures, qrels, run):
+    # Some TREC judgements mark junk with −1 or −2: not relevant, and pytrec_eval crashes on a negative grade.
+    judged = {q: {d: max(grade, 0) for d, grade in grades.items()} for q, grades in qrels.items()}
+    for metric in ir_measures.iter_calc(measures, judged, run):
         values[str(metric.measure)][row[metric.query_id]] = metric.value
     return values
 

@@ -82,6 +82,14 @@ def test_graded_judgements_weigh_in() -> None:
     assert second == pytest.approx((1 + 3 / np.log2(3)) / (3 + 1 / np.log2(3)))
 
 
+def test_junk_judged_below_zero_counts_as_not_relevant() -> None:
+    junk, zero = ({"q": {"a": grade, "b": 1}, "r": {"a": grade}} for grade in (-2, 0))
+    ranked = {"q": ["a", "b"], "r": ["a"]}
+    names = ["nDCG@10", "RR@10", "AP@10", "P@10", "R@10"]
+    ours, theirs = metrics.retrieval(names, junk, ranked), metrics.retrieval(names, zero, ranked)
+    assert all((ours[name] == theirs[name]).all() for name in names) and ours["RR@10"].tolist() == [0.5, 0.0]
+
+
 def test_names_are_those_of_ir_measures() -> None:
     assert [str(m) for m in metrics.parse_measures(["MRR@10", "RR@10", "Recall@100"])] == ["RR@10", "R@100"]
     assert metrics.search_depth(["nDCG@10", "R@100"]) == 100

@@ -123,6 +123,8 @@ def test_nothing_to_search_is_an_error_and_so_is_an_unknown_measure() -> None:
     none = RetrievalData(Corpus([], []), {"q": "x"}, {"q": {"d": 1}}, "f", "none", "test")
     with pytest.raises(KinvecError, match="no documents"):
         tasks.retrieval(none, Words())
+    with pytest.raises(KinvecError, match="the query 'q7' is judged but has no text"):
+        tasks.retrieval(problem({"q7": {"d1": 1}}), Words())
     with pytest.raises(KinvecError, match="split 'test' is judged"):
         tasks.bm25(RetrievalData(Corpus(["d"], ["x"]), {}, {}, "unjudged", "none", "test"))
 

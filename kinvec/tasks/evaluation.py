@@ -35,7 +35,7 @@ def retrieval(
     """
     check_problem(data)
     depth = search_depth(measures)
-    scale = _similarity(encoder)
+    scale = _scaling(getattr(encoder, "similarity", "cosine"))
     seconds: dict[str, float] = {}
     with timed(seconds, "encode_queries"):
         queries = scale(encoder.encode_queries([data.queries[query] for query in data.qrels]))
@@ -70,10 +70,10 @@ def from_vectors(
     Raises `KinvecError` where a judged query or a document of the corpus has no vector, or a vector no document.
     """
     check_problem(data)
-    scale, seconds = SIMILARITIES[similarity], dict[str, float]()
+    scale, seconds = _scaling(similarity), dict[str, float]()
     asked = np.concatenate([np.asarray(shard) for shard in queries[1]])[_rows_of(data.qrels, queries[0], "query")]
-    corpus_rows = _rows_of(documents[0], data.corpus.ids, "vector's document")
-    _rows_of(data.corpus.ids, documents[0], "document")
+    corpus_rows = _rows_of(documents[0], data.corpus.ids, "embedded document")
+    _rows_of(data.corpus.ids, documents[0], "document")  # every one must be there, or the search is another one
 
     def blocks() -> Iterator[Float32[np.ndarray, "_ d"]]:
         for shard in documents[1]:
@@ -135,12 +135,11 @@ def _describe(result: Result, encoder: Encoder) -> None:
     result.versions = versions()
 
 
-def _similarity(encoder: Encoder) -> Callable[[np.ndarray], Float32[np.ndarray, "n d"]]:
-    name = str(getattr(encoder, "similarity", "cosine"))
-    if name not in SIMILARITIES:
+def _scaling(similarity: str) -> Callable[[np.ndarray], Float32[np.ndarray, "n d"]]:
+    if similarity not in SIMILARITIES:
         known = " and ".join(SIMILARITIES)
-        raise KinvecError(f"{encoder.name} asks for the similarity '{name}'; search knows {known}")
-    return SIMILARITIES[name]
+        raise KinvecError(f"the model asks for the similarity '{similarity}'; search knows {known}")
+    return SIMILARITIES[similarity]
 
 
 def _unit(vectors: Float[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:

@@ -72,6 +72,9 @@ def check_problem(data: RetrievalData) -> None:
     where = data.name or "the data"
     if not data.qrels:
         raise KinvecError(f"{where}: no query of the split '{data.split}' is judged; name a split that has judgements")
+    unknown = next((query for query in data.qrels if query not in data.queries), None)
+    if unknown is not None:
+        raise KinvecError(f"{where}: the query '{unknown}' is judged but has no text; add it, or drop its judgements")
     if not len(data.corpus):
         raise KinvecError(f"{where}: the corpus has no documents; there is nothing to search")
 
