@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from kinvec.backbone import Backbone, fetch, fuse, keep_pages, load_backbone, re
 from kinvec.batching import Pack, Tokens, packs, tokenize
 from kinvec.console import progress as progress_bar
 from kinvec.contracts import KinvecError
+from kinvec.files import replace_folder
 from kinvec.pooling import POOLINGS, pool
 
 FORMAT = 1
@@ -100,10 +102,11 @@ class Embedder(nn.Module):
     @property
     def attention(self) -> str:
         """`causal` where a token sees only what precedes it, else `bidirectional`."""
-        config: Any = self.backbone.model.config
-        architectures = [*(getattr(config, "architectures", None) or []), type(self.backbone.model).__name__]
-        decoder = getattr(config, "is_decoder", False) or any("CausalLM" in name for name in architectures)
-        return "causal" if getattr(config, "is_causal", decoder) else "bidirectional"
+        model: Any = self.backbone.model
+        causal = getattr(model.config, "is_causal", None)
+        if causal is None:  # the class names do not tell: a saved LlamaForCausalLM is a LlamaModel
+            causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
+        return "causal" if causal else "bidirectional"
 
     @property
     def fingerprint(self) -> str:
@@ -171,8 +174,13 @@ class Embedder(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
 
     def save(self, folder: str | Path) -> None:
-        """Write the model folder, beside and renamed: a folder of that name is replaced, never half-written."""
+        """Write the model folder, beside and renamed: one of ours of that name is replaced, never half-written.
+
+        Raises `KinvecError` when the folder holds something else.
+        """
         final = Path(folder)
+        if final.is_dir() and any(final.iterdir()) and not (final / "kinvec.json").is_file():
+            raise KinvecError(f"{final}: the folder is not empty and not a model saved by kinvec; choose another name")
         beside = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -181,9 +189,7 @@ class Embedder(nn.Module):
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
-        if final.exists():
-            shutil.rmtree(final)
-        beside.rename(final)
+        replace_folder(beside, final)
 
 
 def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Embedder:
@@ -198,6 +204,9 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
         tokenizer = AutoTokenizer.from_pretrained(inner, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise KinvecError(f"{inner}: cannot open the tokenizer: {str(error).splitlines()[0]}") from None
+    files = list(type(tokenizer).vocab_files_names.values())
+    if files and not any((inner / file).is_file() for file in files):  # transformers makes an empty one of nothing
+        raise KinvecError(f"{inner}: there is no tokenizer ({' or '.join(files)}) beside the model")
     model = load_backbone(inner)
     backbone = Backbone(model, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
     settings = _settings(folder, inner, modules, model, tokenizer) | {"name": str(name_or_folder)}
@@ -220,19 +229,23 @@ def _settings(folder: Path, inner: Path, modules: Any, model: Any, tokenizer: An
     pooling, include_prompt = _pooling(folder, modules, model)
     limits = [texts.get("max_seq_length"), tokenizer.model_max_length, _positions(model)]
     known = [int(limit) for limit in limits if limit is not None and limit < 10**9]
-    prompts = {key: text for key, text in (whole.get("prompts") or {}).items() if text}
-    if whole.get("default_prompt_name") in prompts:
-        default = prompts[whole["default_prompt_name"]]
-        prompts = {"query": default, "document": default} | prompts
     return {
         "pooling": pooling,
         "include_prompt": include_prompt,
-        "prompts": {"document" if key == "passage" else key: text for key, text in prompts.items()},
+        "prompts": _prompts(whole),
         "max_length": min(known) if known else LONGEST_DEFAULT,
         "lower_case": bool(texts.get("do_lower_case")),
         "similarity": whole.get("similarity_fn_name") or "cosine",
         "lineage": ours.get("lineage", []),
     }
+
+
+def _prompts(whole: dict[str, Any]) -> dict[str, str]:
+    """The prompts by name. A default prompt serves both sides; documents may have theirs as `passage` or `corpus`."""
+    prompts = {key: text for key, text in (whole.get("prompts") or {}).items() if text}
+    other = {"document": prompts.pop(key) for key in ("corpus", "passage") if key in prompts}
+    default = (whole.get("prompts") or {}).get(whole.get("default_prompt_name"))
+    return ({"query": default, "document": default} if default else {}) | other | prompts
 
 
 def _positions(model: Any) -> int | None:
@@ -282,27 +295,41 @@ def _head_module(folder: Path, module: dict[str, Any]) -> nn.Module | None:
     kind, place = module["type"].rsplit(".", 1)[-1], folder / module["path"]
     if kind == "Normalize":
         return Normalize()
-    if kind == "Dropout":
-        return None
-    config = _read_json(place / "config.json")
+    return _dense(place) if kind == "Dense" else None  # Dropout is for training only
+
+
+def _dense(place: Path) -> Dense:
+    file = place / "config.json"
+    config = _read_json(file)
     activation = config.get("activation_function") or "torch.nn.modules.linear.Identity"
     name = activation.rsplit(".", 1)[-1]
     if not activation.startswith("torch.nn.modules.") or name not in nn.modules.__all__:
-        raise KinvecError(
-            f"{place / 'config.json'}: activation '{activation}' is not one of torch's own; it is not run"
-        )
-    dense = Dense(config["in_features"], config["out_features"], config.get("bias", True), getattr(nn, name)())
-    dense.linear.load_state_dict({key.removeprefix("linear."): value for key, value in _tensors(place).items()})
+        raise KinvecError(f"{file}: activation '{activation}' is not one of torch's own; it is not run")
+    if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
+        raise KinvecError(f"{file}: a Dense with a residual, or on another input than the embedding, is not supported")
+    weights = {key.removeprefix("linear."): value for key, value in _tensors(place).items()}
+    try:
+        dense = Dense(config["in_features"], config["out_features"], config.get("bias", True), getattr(nn, name)())
+        dense.linear.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise KinvecError(f"{file}: does not describe the weights beside it ({reason})") from None
     return dense
 
 
 def _tensors(place: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if (place / "model.safetensors").is_file():
-        return load_file(place / "model.safetensors")
-    if (place / "pytorch_model.bin").is_file():
-        return torch.load(place / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    weights, old = place / "model.safetensors", place / "pytorch_model.bin"
+    try:
+        if weights.is_file():
+            return load_file(weights)
+        if old.is_file():  # small, and read as tensors only: nothing in it is run
+            return torch.load(old, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise KinvecError(f"{place}: the weights are damaged, cut short or not tensors alone ({reason})") from None
     raise KinvecError(f"{place}: no weights (model.safetensors)")
 
 
@@ -323,6 +350,8 @@ def write_folder(embedder: Embedder, folder: Path) -> None:
     model.save_pretrained(folder, safe_serialization=True)
     if embedder.tokenizer.pad_token is None:
         embedder.tokenizer.pad_token = embedder.tokenizer.eos_token
+    if embedder.tokenizer.is_fast:  # what the last call left in it is no property of the model
+        embedder.tokenizer.backend_tokenizer.no_truncation()
     embedder.tokenizer.save_pretrained(folder)
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
     kinds += [
