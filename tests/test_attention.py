@@ -143,7 +143,7 @@ def test_decoders_stay_causal_and_is_causal_false_makes_them_bidirectional(name:
     for causal in (True, False):
         model = build(name)
         model.config.is_causal = causal
-        backbone = Backbone(model, 0)
+        backbone = Backbone(model, model.config.pad_token_id)
         with torch.no_grad():
             before, after = packed_states(backbone, tokens)[0], packed_states(backbone, changed)[0]
         moved[causal] = (before - after).abs().amax(1)
@@ -155,7 +155,7 @@ def test_decoders_stay_causal_and_is_causal_false_makes_them_bidirectional(name:
 def test_bf16_autocast_is_close_to_float32_with_and_without_gradients(name: str) -> None:
     tokens = random_tokens((1, 7, 7, 12))
     model = build(name, spread=0.1)
-    backbone = Backbone(model, 0)
+    backbone = Backbone(model, model.config.pad_token_id)
     with torch.no_grad():
         exact = packed_states(backbone, tokens)
     exact_gradients = gradients(model, packed_states(backbone, tokens))
@@ -200,7 +200,11 @@ def by_loops(q: Tensor, k: Tensor, v: Tensor, mask: str, softcap: float | None) 
         for head in range(q.shape[1]):
             shared = head * k.shape[1] // q.shape[1]
             for i in range(start, start + length):
-                seen = [j for j in range(start, start + length) if rule is None or rule(0, 0, torch.tensor(i), torch.tensor(j))]
+                seen = [
+                    j
+                    for j in range(start, start + length)
+                    if rule is None or rule(0, 0, torch.tensor(i), torch.tensor(j))
+                ]
                 scores = torch.stack([q[i, head] @ k[j, shared] * 0.4 for j in seen])
                 scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
                 shares = torch.exp(scores) / torch.exp(scores).sum()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ def byte_tokenizer_json() -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<pad>", "<s>", "</s>", "<unk>", "<mask>"], show_progress=False,
+        vocab_size=VOCABULARY, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     tokenizer.train_from_iterator([" ".join(WORDS)] * 2, trainer)
@@ -39,7 +38,9 @@ def tokenizer_of(style: str, max_length: int = 64) -> Any:
     if style == "bert":
         names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
         pieces = [*names.values(), *WORDS, *(chr(c) for c in range(97, 123)), *("##" + chr(c) for c in range(97, 123))]
-        backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, unk_token="[UNK]"))
+        backend = Tokenizer(
+            models.WordPiece({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, unk_token="[UNK]")
+        )
         backend.normalizer = normalizers.BertNormalizer(lowercase=False)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.post_processor = processors.TemplateProcessing(
@@ -48,10 +49,16 @@ def tokenizer_of(style: str, max_length: int = 64) -> Any:
         special = {f"{name}_token": token for name, token in names.items()}
         return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_length, **special)
     backend = Tokenizer.from_str(byte_tokenizer_json())
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    special = {
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
     if style == "roberta":
         backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
         )
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_length, **special)
 
@@ -60,10 +67,17 @@ ENCODER = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "intermediate_size": 48, "max_position_embeddings": 72, "pad_token_id": 0,
 }  # fmt: skip
-DECODER = ENCODER | {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
 PADDING_1 = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}  # as RoBERTa has it
+DECODER = ENCODER | PADDING_1 | {"num_key_value_heads": 2, "head_dim": 8}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-DISTIL = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": 72}
+DISTIL = {
+    "dim": 32,
+    "hidden_dim": 48,
+    "n_layers": 2,
+    "n_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 72,
+}
 SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 
 PACKED: dict[str, tuple[str, dict[str, Any]]] = {  # name → configuration class, its arguments
@@ -72,9 +86,8 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {  # name → configuration clas
     "xlm-roberta": ("XLMRobertaConfig", ENCODER | NO_DROPOUT | PADDING_1),
     "electra": ("ElectraConfig", ENCODER | NO_DROPOUT | {"embedding_size": 16}),
     "distilbert": ("DistilBertConfig", DISTIL | {"dropout": 0.0, "attention_dropout": 0.0, "pad_token_id": 0}),
-    "modernbert": ("ModernBertConfig", ENCODER | {
-        "local_attention": 8, "global_attn_every_n_layers": 2, "reference_compile": False, "bos_token_id": 1,
-        "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+    "modernbert": ("ModernBertConfig", ENCODER | PADDING_1 | {
+        "local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 0, "sep_token_id": 2,
     }),
     "nomic-bert": ("NomicBertConfig", ENCODER | {
         "hidden_dropout_prob": 0.0, "attention_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
@@ -100,7 +113,7 @@ PADDED: dict[str, tuple[str, dict[str, Any]]] = {  # architectures whose code ha
     }),
     "t5": ("T5Config", {
         "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
-        "dropout_rate": 0.0, "pad_token_id": 0, "eos_token_id": 2, "relative_attention_num_buckets": 8,
+        "dropout_rate": 0.0, "pad_token_id": 1, "eos_token_id": 2, "relative_attention_num_buckets": 8,
     }),
 }  # fmt: skip
 
@@ -143,6 +156,3 @@ def save_plain(name: str, folder: Path, style: str, max_length: int = 64) -> Pat
     build(name).save_pretrained(folder)
     tokenizer_of(style, max_length).save_pretrained(folder)
     return folder
-
-
-Save = Callable[..., Path]

