@@ -31,7 +31,7 @@ docs: setup
 	$(BIN)/python scripts/docs.py
 
 bench: setup
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/speed.py
 
 chromium:
 	@bash scripts/install-chromium.sh

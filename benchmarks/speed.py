@@ -1,0 +1,211 @@
+"""`make bench`: kinvec beside sentence-transformers on the same texts, alternating in one run; medians and ratios.
+
+Encoding: kinvec at its default precision against the peer's default (float32) and its bf16 weights. Training: batch 32,
+256 tokens, dropout 0.1, against the peer's default trainer and its `bf16=True`. Beside them: the machine's measured
+matrix-product roof, the share of it that is reached, peak memory, fidelity (cosine to float32), and start-up times of
+every verb. The bf16 arms are left out where the processor has no bf16 product (they would be emulated, hundreds of
+times slower), and the result says so. Results go to benchmarks/results/, with versions and machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data"))
+ROOF_SHAPES = ((2048, 2048, 2048), (4096, 384, 1536))
+LAYERS, WIDTH, PARAMETERS = 6, 384, 10.62e6  # of MiniLM-L6 without embeddings: what a token multiplies
+
+
+def texts_and_pairs(folder: Path, limit: int | None) -> tuple[Path, Path, str]:
+    """Files of texts to encode and of pairs to train on: SciFact where it is, else docstrings."""
+    texts, pairs = folder / "texts.jsonl", folder / "pairs.jsonl"
+    if (SHARED / "scifact").is_dir():
+        from kinvec.files import open_data, open_retrieval
+
+        corpus = open_retrieval(SHARED / "scifact").corpus.texts
+        table = open_data(SHARED / "scifact")
+        examples = [table.example(row) for row in range(len(table))]
+        rows = [(e.query, text) for e in examples for text in e.positives]
+        name = "SciFact"
+    else:
+        from kinvec.docstrings import PACKAGES, collect
+
+        found = collect(PACKAGES)
+        rows = [(pair.query, pair.document) for pair in found]
+        corpus, name = [pair.document for pair in found], "docstrings"
+    chosen = list(corpus)[:limit] if limit else list(corpus)
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen), "utf-8")
+    pairs.write_text("".join(json.dumps({"query": q, "pos_doc": d}) + "\n" for q, d in rows[:4000]), "utf-8")
+    return texts, pairs, f"{name}: {len(chosen):,} texts"
+
+
+def roof(dtype_name: str) -> list[float]:
+    """TFLOP/s of matrix products at the shapes of ROOF_SHAPES, the best of seven."""
+    import torch
+
+    found = []
+    for m, k, n in ROOF_SHAPES:
+        a, b = (torch.randn(shape).to(getattr(torch, dtype_name)) for shape in ((m, k), (k, n)))
+        times = []
+        for _ in range(8):
+            begun = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - begun)
+        found.append(round(2 * m * k * n / min(times[1:]) / 1e12, 3))
+    return found
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware."""
+    import torch
+
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def measure(job: str, who: str, precision: str, source: Path, *rest: str) -> dict[str, float]:
+    """One arm, in a process of its own."""
+    command = [sys.executable, str(HERE / "arms.py"), job, who, precision, str(source), *rest]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def alternate(
+    job: str, arms: list[tuple[str, str]], source: Path, rounds: int, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Every arm once a round; medians, and all single times."""
+    runs: dict[str, list[dict[str, float]]] = {f"{who} {precision}": [] for who, precision in arms}
+    for number in range(rounds):
+        for who, precision in arms:
+            name = f"{who} {precision}"
+            runs[name].append(measure(job, who, precision, source, str(folder / f"{name.replace(' ', '-')}.npy")))
+            print(
+                f"{job} round {number + 1}/{rounds}: {name} {runs[name][-1]['seconds']:.2f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    return {
+        name: {
+            "seconds": statistics.median(r["seconds"] for r in found),
+            "all_seconds": [round(r["seconds"], 3) for r in found],
+            "peak_gib": max(r["peak_gib"] for r in found),
+        }
+        for name, found in runs.items()
+    }
+
+
+def token_counts(texts: Path) -> np.ndarray:
+    """Tokens of every text after truncation at 256."""
+    from transformers import AutoTokenizer
+
+    from kinvec.backbone import find_model
+
+    sys.path.insert(0, str(HERE))
+    from arms import MODEL, read_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(find_model(MODEL))
+    ids = tokenizer([row["text"] for row in read_rows(str(texts))], truncation=True, max_length=256)["input_ids"]
+    return np.array([len(row) for row in ids])
+
+
+def flops(lengths: np.ndarray, training: bool) -> float:
+    """Multiplications and additions of one pass over texts of these lengths; training does three times as many."""
+    forward = float((lengths * 2 * PARAMETERS + 4 * LAYERS * WIDTH * lengths.astype(float) ** 2).sum())
+    return forward * (3 if training else 1)
+
+
+def fidelity(folder: Path) -> dict[str, float]:
+    """Cosine of kinvec's vectors to the peer's float32 ones."""
+    ours, theirs = np.load(folder / "kinvec-auto.npy"), np.load(folder / "peer-fp32.npy")
+    cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    return {"cosine_mean": round(float(cosines.mean()), 6), "cosine_least": round(float(cosines.min()), 6)}
+
+
+def help_seconds() -> dict[str, float]:
+    """Seconds of `kinvec --help` and of each verb's, the median of five."""
+    from kinvec.cli import VERBS
+
+    program = str(Path(sys.executable).with_name("kinvec"))
+    found = {}
+    for words in ([], *([verb] for verb in VERBS)):
+        times = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            subprocess.run([program, *words, "--help"], capture_output=True, check=True)
+            times.append(time.perf_counter() - begun)
+        found[" ".join(["kinvec", *words])] = round(statistics.median(times), 3)
+    return found
+
+
+def main() -> None:
+    """Measure everything, write the result, print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="alternations (medians are taken over them)")
+    parser.add_argument("--texts", type=int, default=None, help="encode only the first so many texts")
+    options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    bf16 = has_bf16()
+    arms = [("kinvec", "auto"), ("peer", "fp32"), *([("peer", "bf16")] if bf16 else [])]
+    result: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "bf16_products": bf16},
+        "versions": {name: version(name) for name in ("kinvec", "torch", "transformers", "sentence-transformers")},
+        "roof_tflops": {"shapes": ROOF_SHAPES, "fp32": roof("float32")} | ({"bf16": roof("bfloat16")} if bf16 else {}),
+        "help_seconds": help_seconds(),
+    }
+    best = max(result["roof_tflops"]["bf16" if bf16 else "fp32"])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        texts, pairs, result["data"] = texts_and_pairs(folder, options.texts)
+        lengths = token_counts(texts)
+        encoding = alternate("encode", arms, texts, options.rounds, folder)
+        for row in encoding.values():
+            row |= {"texts_per_s": len(lengths) / row["seconds"], "tokens_per_s": float(lengths.sum()) / row["seconds"]}
+            row["share_of_roof"] = flops(lengths, False) / row["seconds"] / 1e12 / best
+        result["encode"] = encoding | {"fidelity": fidelity(folder)}
+        training = alternate("train", arms, pairs, options.rounds, folder)
+        sys.path.insert(0, str(HERE))
+        from arms import BATCH, LONG, SHORT
+
+        for row in training.values():
+            row["pairs_per_s"] = BATCH * (LONG - SHORT) / row["seconds"]
+        result["train"] = training
+    for job in ("encode", "train"):
+        ours = result[job]["kinvec auto"]["seconds"]
+        peers = [key for key in result[job] if key.startswith("peer")]
+        result[job]["times_faster_than"] = {key: round(result[job][key]["seconds"] / ours, 2) for key in peers}
+    out = HERE / "results"
+    out.mkdir(exist_ok=True)
+    path = out / f"speed-{result['date']}-{'bf16' if bf16 else 'fp32'}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    print(json.dumps(result, indent=2))
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main()
