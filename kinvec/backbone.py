@@ -188,9 +188,12 @@ def fuse(backbone: Backbone) -> None:
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
-    """Set every dropout rate of the model: modules, and the attention rates that decoders keep as plain numbers."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
+    """Set the model's dropout rates: modules, and the attention rates that decoders keep as plain numbers.
+
+    The dropout of adapters is theirs (`lora.dropout`) and stays.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = rate
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = rate  # type: ignore[assignment]

@@ -94,7 +94,7 @@ def open_run_data(recipe: Recipe) -> RunData:
     dev = None
     if settings.dev is not None:
         dev = open_retrieval(settings.dev, split="dev", columns=settings.columns)
-    elif settings.holdout and recipe.trainer.eval_every != 0:
+    elif settings.holdout and recipe.evaluate and recipe.trainer.eval_every != 0:
         examples, held = _hold_out(table, examples, settings.holdout, "dev")
         dev = as_retrieval(table, held, settings.distractors, "dev")
     if not len(examples):

@@ -33,7 +33,7 @@ class Recipe(Settings):
     threads: int | None = None
     """CPU threads; unset, all cores."""
     evaluate: bool = True
-    """Evaluate base and tuned model on the test data, and compare them."""
+    """Hold out dev (and test) data, choose by dev, evaluate base and tuned model on test; false only trains."""
     push_to_hub: str | None = None
     """Upload the finished model folder under this name."""
     prompts: dict[str, str] = {}
