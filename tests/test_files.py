@@ -129,6 +129,11 @@ def test_nothing_and_nothing_good(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
         with pytest.raises(DataError, match=name):
             open_data(tmp_path / name)
+    (tmp_path / "tall.json").write_text(json.dumps(GOOD[0], indent=1))
+    with pytest.raises(DataError, match=r"tall.json:1: .* one object a line, or a JSON array"):
+        open_data(tmp_path / "tall.json")
+    with pytest.raises(KinvecError, match="no data is named"):
+        open_data("")
     with pytest.raises(DataError, match=r"bad.jsonl:1: 'pos_doc' is empty"):
         open_data(jsonl(tmp_path / "bad.jsonl", [{"query": "x", "pos_doc": ""}]), skip_bad=True)
 

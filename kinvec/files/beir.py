@@ -105,7 +105,7 @@ def identity(record: dict[str, Any]) -> str:
     value = record.get("_id")
     if not isinstance(value, str) or not value:
         what = "missing" if "_id" not in record else "empty" if value == "" else kind_of(value)
-        raise BadValue("id", f"'_id' is {what}; ids are texts", 'write the id in quotes: "_id": "1"')
+        raise BadValue("id", f"'_id' is {what}; ids are texts", 'store ids as texts, as in "1"')
     return value
 
 

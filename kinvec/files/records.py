@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from kinvec.files.problems import DataError, Notes
+from kinvec.files.problems import REMEDY, DataError, Notes
 
 Record = tuple[int, dict[str, Any]]
 """Line (counted from 1; for Parquet the row) and values."""
@@ -56,7 +56,8 @@ def jsonl_records(path: Path, name: str, notes: Notes) -> Iterator[Record]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            notes.bad(DataError("json", name, number, f"broken JSON ({_json_fault(error)})"))
+            remedy = "write one object a line, or a JSON array" if line.strip() == "{" else REMEDY
+            notes.bad(DataError("json", name, number, f"broken JSON ({_json_fault(error)})", remedy))
             continue
         yield from _as_record(value, name, number, notes)
 
@@ -251,7 +252,8 @@ def delimited_records(
         except StopIteration:
             return
         except csv.Error as error:
-            notes.bad(DataError("csv", name, begun[0], f"broken quoting ({error})"))
+            what = "a bare carriage return" if "new-line" in str(error) else f"broken quoting ({error})"
+            notes.bad(DataError("csv", name, begun[0], what))
             continue
         if not cells:
             continue

@@ -161,7 +161,7 @@ def ids_of(value: Any, name: str) -> list[str]:
         if not isinstance(identity, str) or not identity.strip():
             what = "empty" if isinstance(identity, str) else kind_of(identity)
             example = identity if isinstance(identity, int | float) else "d1"
-            raise BadValue("id", f"'{name}' is {what}; ids are texts", f'write the id in quotes, as in "{example}"')
+            raise BadValue("id", f"'{name}' is {what}; ids are texts", f'store ids as texts, as in "{example}"')
     return as_list(value)
 
 

@@ -35,6 +35,8 @@ class Plan:
 
 def plan_of(source: str, split: str, kind: str | None, columns: Mapping[str, Any] | None) -> Plan:
     """The plan for a source. Raises `KinvecError` if it is not there or is nothing known."""
+    if not source:
+        raise KinvecError("no data is named; name a file, a folder or a hub data set")
     path = Path(source).expanduser()
     if not path.exists():
         if hub.is_hub_name(source):
@@ -71,7 +73,8 @@ def existing(source: str) -> Path:
 def split_files(folder: Path, split: str) -> list[Path]:
     """The file of a folder, or of its `data/`, whose name ends in a split's (`sts-train.csv`), or its numbered parts.
 
-    A folder with a single data file has it for its `train` split. Raises `KinvecError` where there is none or a choice.
+    A folder with a single data file (no .txt) has it for its `train` split. Raises `KinvecError` where there is none,
+    or a choice.
     """
     everything = sorted(p for d in (folder, folder / "data") if d.is_dir() for p in d.iterdir() if p.suffix in SUFFIXES)
     for name in (split, *OTHER_NAMES.get(split, ())):
@@ -82,7 +85,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
         if whole:
             several = ", ".join(p.name for p in whole)
             raise KinvecError(f"{folder}: there are several files of the split '{name}' ({several}); name one of them")
-    if len(everything) == 1 and split == "train":
+    if len(everything) == 1 and split == "train" and everything[0].suffix != ".txt":
         return everything
     have = ", ".join(p.name for p in everything) or "no data file"
     raise KinvecError(
