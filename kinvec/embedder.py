@@ -243,9 +243,10 @@ def _settings(folder: Path, inner: Path, modules: Any, model: Any, tokenizer: An
 def _prompts(whole: dict[str, Any]) -> dict[str, str]:
     """The prompts by name. A default prompt serves both sides; documents may have theirs as `passage` or `corpus`."""
     prompts = {key: text for key, text in (whole.get("prompts") or {}).items() if text}
-    other = {"document": prompts.pop(key) for key in ("corpus", "passage") if key in prompts}
-    default = (whole.get("prompts") or {}).get(whole.get("default_prompt_name"))
-    return ({"query": default, "document": default} if default else {}) | other | prompts
+    default = prompts.get(whole.get("default_prompt_name"))
+    document = prompts.pop("passage", None) or prompts.pop("corpus", None)
+    both = {"query": default, "document": default} if default else {}
+    return both | ({"document": document} if document else {}) | prompts
 
 
 def _positions(model: Any) -> int | None:
@@ -366,7 +367,7 @@ def write_folder(embedder: Embedder, folder: Path) -> None:
         {"max_seq_length": embedder.max_length, "do_lower_case": embedder.lower_case},
     )
     _write_json(folder / "1_Pooling" / "config.json", _pooling_config(embedder))
-    for (path, kind), module in zip(kinds[2:], embedder.head, strict=True):
+    for (path, _), module in zip(kinds[2:], embedder.head, strict=True):
         (folder / path).mkdir()
         if isinstance(module, Dense):
             _write_dense(folder / path, module)
@@ -408,7 +409,7 @@ def _write_dense(place: Path, dense: Dense) -> None:
         place / "model.safetensors",
     )
     kind = type(dense.activation)
-    config = {"in_features": dense.linear.in_features, "out_features": dense.linear.out_features}
+    config: dict[str, Any] = {"in_features": dense.linear.in_features, "out_features": dense.linear.out_features}
     config |= {"bias": dense.linear.bias is not None, "activation_function": f"{kind.__module__}.{kind.__name__}"}
     _write_json(place / "config.json", config)
 

@@ -35,7 +35,7 @@ def minilm_folder() -> Path:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tiny tensors on one thread: a second only waits for the first, twenty times as long where the cores are shared."""
+    """Tiny tensors on one thread: on shared cores a second one only waits, and takes twenty times as long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

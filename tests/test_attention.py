@@ -1,9 +1,10 @@
-"""Packed attention: the same states and gradients as padded transformers, no text sees another, fusing changes nothing."""
+"""Packed attention: states and gradients as of padded transformers, no text sees another, fusing changes nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def backbone_of(name: str) -> Backbone:
     return Backbone(model, pad_token=model.config.pad_token_id)
 
 
-def padded_states(model: nn.Module, tokens: Tokens) -> list[Tensor]:
+def padded_states(model: Any, tokens: Tokens) -> list[Tensor]:
     """Each text's hidden states from transformers itself: right padding and a two-dimensional mask."""
     width = max(tokens.lengths)
     pad = model.config.pad_token_id
@@ -62,7 +63,7 @@ def packed_states(backbone: Backbone, tokens: Tokens) -> list[Tensor]:
     return [states[texts.rows.index(row)] for row in range(len(tokens))]
 
 
-def gradients(model: nn.Module, states: list[Tensor]) -> dict[str, Tensor]:
+def gradients(model: Any, states: list[Tensor]) -> dict[str, Tensor]:
     """Parameter gradients of a fixed random projection of all states."""
     draw = torch.Generator().manual_seed(1)
     model.zero_grad(set_to_none=True)
@@ -216,7 +217,7 @@ def by_loops(q: Tensor, k: Tensor, v: Tensor, mask: str, softcap: float | None) 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_equals_loops_and_its_gradient_is_right(mask: str, softcap: float | None) -> None:
-    """Grouped queries, values of another width than keys, every mask, capped scores; gradients by finite differences."""
+    """Grouped queries, values wider than keys, every mask, capped scores; gradients by finite differences."""
     q, k, v = heads()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -225,9 +226,9 @@ def test_attention_equals_loops_and_its_gradient_is_right(mask: str, softcap: fl
     expected = by_loops(q.detach(), k.detach(), v.detach(), mask, softcap)
     torch.testing.assert_close(attend(q, k, v), expected, atol=1e-12, rtol=0)
     with torch.no_grad():
-        inputs = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        qs, ks, vs = (x.transpose(0, 1)[None] for x in (q, k, v))
         with packed(SHAPE):
-            out, _ = packed_attention(nn.Identity(), *inputs, text_mask(mask), 0.0, 0.4, softcap)
+            out, _ = packed_attention(nn.Identity(), qs, ks, vs, text_mask(mask), 0.0, 0.4, softcap)
     torch.testing.assert_close(out[0], expected, atol=1e-12, rtol=0)
     assert torch.autograd.gradcheck(attend, (q, k, v))
 
@@ -353,4 +354,5 @@ def test_a_packed_model_outside_of_a_pack_is_our_mistake() -> None:
     backbone = backbone_of("bert")
     with pytest.raises(AssertionError, match="outside of packed"):
         backbone.model(input_ids=torch.tensor([[5, 6, 7]]))
-    assert attention.IMPLEMENTATION == backbone.model.config._attn_implementation
+    config: Any = backbone.model.config
+    assert attention.IMPLEMENTATION == config._attn_implementation

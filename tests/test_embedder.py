@@ -1,4 +1,4 @@
-"""The model folder: equal to sentence-transformers both ways, saved and reloaded to the bit, and clear about what is wrong."""
+"""The model folder: equal to sentence-transformers both ways, reloaded to the bit, clear about what is wrong."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_prompts_counted_in_pooling_agree(st_folder: Callable[..., Path]) -> Non
 
 @pytest.mark.parametrize("name", ["passage", "corpus"])
 def test_a_passage_prompt_is_that_of_documents(st_folder: Callable[..., Path], tmp_path: Path, name: str) -> None:
-    """As E5 and BGE name it. The peer forgets it in encode_document; the folder that we save says it so that it does not."""
+    """As E5 names it. The peer's encode_document forgets it; the folder that we save says it so that it does not."""
     folder = st_folder(prompts={"query": "search: ", name: "of the passage: "})
     ours, peer = Embedder.load(folder), SentenceTransformer(str(folder), device="cpu")
     assert ours.prompts == {"query": "search: ", "document": "of the passage: "}
@@ -207,8 +207,9 @@ def test_minilm_agrees_from_one_token_to_beyond_its_maximum() -> None:
     texts = ["", "a", "What is a gene?", "ΣΊΣΥΦΟΣ naïve 你好", "word " * 40, "a longer text of many words " * 60]
     peer = SentenceTransformer(find_model(MINILM), device="cpu")
     ours = Embedder.load(MINILM, precision="fp32")
-    assert ours.name == MINILM and ours.max_length == 256 and ours.dimension == 384 and isinstance(ours, Encoder)
+    assert ours.name == MINILM and ours.max_length == 256 and ours.dimension == 384
     vectors = ours.encode(texts)
+    assert isinstance(ours, Encoder)
     assert least_cosine(vectors, peer.encode(texts)) >= 0.99999
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, rtol=1e-5)
 
@@ -287,7 +288,8 @@ def test_saved_loads_in_sentence_transformers_and_here_to_the_bit(
 ) -> None:
     torch.manual_seed(0)
     folder = st_folder(
-        Pooling(32, ("mean", "lasttoken"), include_prompt=False), Dense(64, 20, activation_function=nn.ReLU()), Normalize(),
+        Pooling(32, ("mean", "lasttoken"), include_prompt=False),
+        Dense(64, 20, activation_function=nn.ReLU()), Normalize(),
         prompts={"query": "search of the ", "document": "passage: "}, max_length=24, lower=True,
     )  # fmt: skip
     first = Embedder.load(folder, precision="fp32")
@@ -389,33 +391,50 @@ def drop_tensor(path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"good: no safetensors weights.*save the model as safetensors"),
-    "pickle only": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), r"pytorch_model\.bin.*safetensors"),
+def in_file(name: str, **changes: Any) -> Callable[[Path], object]:
+    return lambda folder: edit(folder / name, **changes)
+
+
+def written(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def without(pattern: str) -> Callable[[Path], object]:
+    return lambda folder: [path.rename(path.with_name("gone")) for path in folder.glob(pattern)]
+
+
+def typed(place: int, kind: str) -> Callable[[Path], object]:
+    return lambda folder: module_type(folder, place, kind)
+
+
+DENSE, POOL = "2_Dense/config.json", "1_Pooling/config.json"
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (without("model.safetensors"), r"good: no safetensors weights.*save the model as safetensors"),
+    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), r"pytorch_model\.bin.*safetensors"),
     "cut short": (lambda f: cut_short(f / "model.safetensors"), r"model\.safetensors: .*(damaged|cut)"),
     "a tensor is missing": (lambda f: drop_tensor(f / "model.safetensors"), r"lack 2 tensors, \S*layer\.1\.attention"),
-    "unknown module": (lambda f: module_type(f, 1, "sentence_transformers.models.LSTM"), r"modules\.json: module 'LSTM' is not supported"),
-    "foreign module": (lambda f: module_type(f, 3, "my_code.Twist"), r"modules\.json: module 'Twist' is not supported"),
-    "modules no JSON": (lambda f: (f / "modules.json").write_text("[{"), r"modules\.json: not valid JSON"),
-    "config no JSON": (lambda f: (f / "config.json").write_text("{"), r"good: cannot open"),
-    "no pooling config": (lambda f: (f / "1_Pooling" / "config.json").unlink(), r"1_Pooling.config\.json: the file is missing"),
-    "unknown pooling": (lambda f: edit(f / "1_Pooling" / "config.json", pooling_mode="median"), r"1_Pooling: unknown pooling"),
-    "foreign activation": (
-        lambda f: edit(f / "2_Dense" / "config.json", activation_function="os.system"), r"2_Dense.config\.json: activation 'os\.system'",
-    ),
+    "unknown module": (typed(1, "sentence_transformers.models.LSTM"), r"modules\.json: module 'LSTM' is not supported"),
+    "foreign module": (typed(3, "my_code.Twist"), r"modules\.json: module 'Twist' is not supported"),
+    "modules no JSON": (written("modules.json", "[{"), r"modules\.json: not valid JSON"),
+    "config no JSON": (written("config.json", "{"), r"good: cannot open"),
+    "no pooling config": (without(POOL), r"1_Pooling.config\.json: the file is missing"),
+    "unknown pooling": (in_file(POOL, pooling_mode="median"), r"1_Pooling: unknown pooling"),
+    "foreign activation": (in_file(DENSE, activation_function="os.system"), r"config\.json: activation 'os\.system'"),
     "activation that is none": (
-        lambda f: edit(f / "2_Dense" / "config.json", activation_function="torch.nn.modules.module.torch"), r"2_Dense.config\.json: activation",
+        in_file(DENSE, activation_function="torch.nn.modules.module.torch"),
+        r"activation 'torch",
     ),
+    "activation with settings": (in_file(DENSE, activation_function="torch.nn.modules.linear.Linear"), r"2_Dense"),
     "Dense cut short": (lambda f: cut_short(f / "2_Dense" / "model.safetensors"), r"2_Dense.*(damaged|cut)"),
-    "Dense of other shape": (lambda f: edit(f / "2_Dense" / "config.json", out_features=7), r"2_Dense"),
-    "Dense without width": (lambda f: (f / "2_Dense" / "config.json").write_text("{}"), r"2_Dense.config\.json"),
-    "Dense with a residual": (lambda f: edit(f / "2_Dense" / "config.json", use_residual=True), r"2_Dense.config\.json.*residual"),
-    "newer format": (lambda f: edit(f / "kinvec.json", format=99), r"kinvec\.json: format 99 is newer.*upgrade kinvec"),
-    "no tokenizer": (
-        lambda f: [path.unlink() for path in f.glob("*token*")], r"good: .*tokenizer",
-    ),
-    "unknown architecture": (lambda f: edit(f / "config.json", model_type="sphinx"), r"good: cannot open"),
-}  # fmt: skip
+    "Dense of other shape": (in_file(DENSE, out_features=7), r"2_Dense.config\.json: does not describe the weights"),
+    "Dense without width": (written(DENSE, "{}"), r"2_Dense.config\.json: does not describe the weights"),
+    "Dense with a residual": (in_file(DENSE, use_residual=True), r"2_Dense.config\.json: a Dense with a residual"),
+    "Dense without weights": (without("2_Dense/model.safetensors"), r"2_Dense: no weights"),
+    "newer format": (in_file("kinvec.json", format=99), r"kinvec\.json: format 99 is newer.*upgrade kinvec"),
+    "no tokenizer": (without("*token*"), r"good: there is no tokenizer \(.*tokenizer\.json"),
+    "tokenizer no JSON": (written("tokenizer.json", "{"), r"good: cannot open the tokenizer"),
+    "unknown architecture": (in_file("config.json", model_type="sphinx"), r"good: cannot open"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -447,6 +466,8 @@ def test_a_broken_folder_is_one_clear_sentence(good_folder: Path, tmp_path: Path
 
 
 class Bomb:
+    """Unpickling it makes a folder."""
+
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, ...]]:
         return os.mkdir, ("bomb-went-off",)
 

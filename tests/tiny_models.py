@@ -1,4 +1,4 @@
-"""Tiny models with random weights on real transformers configurations, and tiny tokenizers, for the tests of the engine."""
+"""Tiny models with random weights on real transformers configurations, and tiny tokenizers for them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def byte_tokenizer_json() -> str:
 
 
 def tokenizer_of(style: str, max_length: int = 64) -> Any:
-    """A fast tokenizer: `bert` (words, lower case, [CLS] … [SEP]), `roberta` (<s> … </s>), or `decoder` (no specials)."""
+    """A fast tokenizer: `bert` (word pieces, [CLS] … [SEP]), `roberta` (bytes, <s> … </s>), `decoder` (bytes)."""
     from transformers import PreTrainedTokenizerFast
 
     if style == "bert":
@@ -131,7 +131,7 @@ def config_of(name: str) -> Any:
     return config
 
 
-def build(name: str, seed: int = 0, spread: float = 0.3, **changes: Any) -> torch.nn.Module:
+def build(name: str, seed: int = 0, spread: float = 0.3, **changes: Any) -> Any:
     """A tiny model with weights random enough (standard deviation `spread`) that a wrong mask shows."""
     from transformers import AutoModel, T5EncoderModel
 
