@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+from itertools import product
 from pathlib import Path
 
 import pytest
+from conftest import MINILM
 
-from kinvec import config, files
+from kinvec import cli, config, files
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -63,3 +67,51 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
     from kinvec.recipe import Recipe
 
     config.load(Recipe, path, overrides=["model=m", "data.train=d", "out=o"])
+
+
+HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # the README's model; here its offline copy
+ANIMALS = ("cat", "dog", "horse", "cow", "sheep", "goat", "duck", "goose")
+ACTS = ("eats grass", "sleeps in the barn", "runs to the river", "sings at dawn")
+
+
+def _my_data(folder: Path) -> None:
+    """A BEIR folder of 32 queries, three in four of them for training."""
+    (folder / "qrels").mkdir(parents=True)
+    documents, queries, judged = (
+        [],
+        [],
+        {"train": ["query-id\tcorpus-id\tscore"], "test": ["query-id\tcorpus-id\tscore"]},
+    )
+    for i, (animal, act) in enumerate(product(ANIMALS, ACTS)):
+        documents.append({"_id": f"d{i}", "title": f"The {animal}", "text": f"It {act}."})
+        queries.append({"_id": f"q{i}", "text": f"What {act}, and is a {animal}?"})
+        judged["train" if i % 4 else "test"].append(f"q{i}\td{i}\t1")
+    for name, rows in (("corpus", documents), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, lines in judged.items():
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+
+
+def _readme_blocks() -> list[tuple[str, str]]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_readme_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kinvec command of the README, and its Python, in their order, on small data."""
+    _my_data(tmp_path / "my-data")
+    monkeypatch.chdir(tmp_path)
+    commands = [line for _, block in _readme_blocks() for line in block.splitlines() if line.startswith("kinvec ")]
+    assert {shlex.split(line)[1] for line in commands} == {"check", "evaluate", "train", "compare", "init"}
+    for line in commands:
+        with pytest.raises(SystemExit) as ended:
+            cli.run_verb(shlex.split(line.replace(HUB_NAME, MINILM))[1:])
+        assert ended.value.code == 0, line
+        for recipe in tmp_path.glob("*.yaml"):
+            recipe.write_text(recipe.read_text().replace(HUB_NAME, MINILM))
+    for run in ("runs/mine", "runs/my-recipe"):
+        assert (tmp_path / run / "report.html").is_file()
+    for program in (block for language, block in _readme_blocks() if language == "python"):
+        names: dict[str, object] = {}
+        exec(program, names)
+        assert names["vectors"].shape == (1, 384)
