@@ -91,10 +91,8 @@ def open_run_data(recipe: Recipe) -> RunData:
     if test is None and recipe.evaluate and settings.holdout:
         examples, held = _hold_out(table, examples, settings.holdout, "test")
         test = as_retrieval(table, held, settings.distractors, "test")
-    dev = None
-    if settings.dev is not None:
-        dev = open_retrieval(settings.dev, split="dev", columns=settings.columns)
-    elif settings.holdout and recipe.evaluate and recipe.trainer.eval_every != 0:
+    dev = _named_dev(recipe)
+    if dev is None and settings.holdout and recipe.evaluate and recipe.trainer.eval_every != 0:
         examples, held = _hold_out(table, examples, settings.holdout, "dev")
         dev = as_retrieval(table, held, settings.distractors, "dev")
     if not len(examples):
@@ -117,6 +115,17 @@ def _named_test(recipe: Recipe) -> RetrievalData | None:
         return open_retrieval(settings.test, split=settings.test_split, columns=settings.columns)
     if (Path(settings.train) / "qrels" / f"{settings.test_split}.tsv").is_file():
         return open_retrieval(settings.train, split=settings.test_split)
+    return None
+
+
+def _named_dev(recipe: Recipe) -> RetrievalData | None:
+    """The dev data named in the recipe, else the dev split beside a BEIR folder's training split."""
+    settings = recipe.data
+    if settings.dev is not None:
+        return open_retrieval(settings.dev, split="dev", columns=settings.columns)
+    beside = (Path(settings.train) / "qrels" / "dev.tsv").is_file()
+    if beside and recipe.evaluate and recipe.trainer.eval_every != 0:
+        return open_retrieval(settings.train, split="dev")
     return None
 
 

@@ -26,7 +26,7 @@ class DataSettings(Settings):
     train: str = ""
     """Training data: a BEIR folder, or a file of retrieval examples (JSON array, JSONL, CSV, Parquet), SQuAD, triplets."""
     dev: str | None = None
-    """Data that chooses the best checkpoint; unset, a share of the training queries is held out for it."""
+    """Data that chooses the best checkpoint; unset, the dev split of a BEIR folder, else a held-out share of train."""
     test: str | None = None
     """Data for the evaluation before and after; unset, the test split of a BEIR folder, else a held-out share."""
     split: str = "train"
@@ -70,17 +70,24 @@ class PairBatch:
 
 
 class KnownPositives:
-    """All judged (query, positive) pairs of the training data, by id and by text, as sorted pairs of 64-bit keys."""
+    """The judged (query, positive) pairs of the rows trained on, by id and by text, as sorted pairs of 64-bit keys.
 
-    def __init__(self, table: Table) -> None:
-        queries, documents = [], []
+    All of them, not only those of a batch; rows held out for dev or test are not looked at.
+    """
+
+    def __init__(self, table: Table, examples: Int[np.ndarray, " E"]) -> None:
+        trained_on = np.zeros(len(table), dtype=bool)
+        trained_on[examples] = True
+        queries, documents, row = [], [], 0
         for batch in table.batches(["query_id", "query", "pos_id", "pos_doc"]):
-            query_ids, texts = batch.column("query_id"), batch.column("query")
             ids, docs = batch.column("pos_id"), batch.column("pos_doc")
             counts = np.diff(docs.offsets.to_numpy())
-            by_text = np.repeat(text_keys(texts.to_pylist()), counts)
-            by_id = np.repeat(id_keys(query_ids.to_pylist()), counts)
-            doc_texts, doc_ids = text_keys(docs.flatten().to_pylist()), id_keys(ids.flatten().to_pylist())
+            wanted = np.repeat(trained_on[row : row + len(counts)], counts)
+            row += len(counts)
+            by_text = np.repeat(text_keys(batch.column("query").to_pylist()), counts)[wanted]
+            by_id = np.repeat(id_keys(batch.column("query_id").to_pylist()), counts)[wanted]
+            doc_texts = text_keys(docs.flatten().to_pylist())[wanted]
+            doc_ids = id_keys(ids.flatten().to_pylist())[wanted]
             queries += [by_text, by_text, by_id, by_id]
             documents += [doc_texts, doc_ids, doc_texts, doc_ids]
         query_keys, document_keys = np.concatenate(queries), np.concatenate(documents)
@@ -89,9 +96,9 @@ class KnownPositives:
 
     def of(self, key: int) -> Int[np.ndarray, " n"]:
         """Keys of all documents known as positives of the query with this key."""
-        first, last = np.searchsorted(self._queries, [key, key], side="left"), None
+        first = np.searchsorted(self._queries, key, side="left")
         last = np.searchsorted(self._queries, key, side="right")
-        return self._documents[first[0] : last]
+        return self._documents[first:last]
 
 
 def id_keys(ids: Sequence[str]) -> Int[np.ndarray, " n"]:
@@ -131,7 +138,7 @@ def pair_source(table: Table, examples: Int[np.ndarray, " E"], settings: DataSet
     counts = _positive_counts(table)[examples]
     rows = np.repeat(examples, counts)
     places = np.concatenate([np.arange(count) for count in counts]) if len(counts) else np.empty(0, dtype=np.int64)
-    return PairSource(table, rows, places, KnownPositives(table), settings, seed)
+    return PairSource(table, rows, places, KnownPositives(table, examples), settings, seed)
 
 
 def _positive_counts(table: Table) -> Int[np.ndarray, " E"]:
