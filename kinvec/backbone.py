@@ -164,7 +164,8 @@ class Backbone(nn.Module):
         of both ways tells. Costs two forward passes over 12 tokens.
         """
         training, model, self.packs = self.model.training, self.model, True
-        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        config: Any = self.model.config
+        vocabulary = int(config.get_text_config().vocab_size)
         ids = [[(7 * length + place) % (vocabulary - 5) + 5 for place in range(length)] for length in (3, 4, 5)]
         probe = pack(Tokens(ids, [0, 0, 0]), range(3)).to(next(model.parameters()).device)
         model.eval()
@@ -196,7 +197,7 @@ def set_dropout(model: nn.Module, rate: float) -> None:
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = rate
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = rate  # type: ignore[assignment]
+            module.attention_dropout = rate
 
 
 def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
@@ -259,8 +260,8 @@ def set_threads(threads: int | None) -> None:
 def keep_pages() -> None:
     """Let the C library keep freed memory instead of returning it to the system after every large tensor.
 
-    By default glibc maps each large block anew and the system zeroes its pages on first touch; a training step then spends
-    a sixth of its time in page faults (docs/experiments.md). Does nothing where the C library is another one.
+    By default glibc maps each large block anew and the system zeroes its pages on first touch; a training step then
+    spends a sixth of its time in page faults (docs/experiments.md). Does nothing where the C library is another one.
     """
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
     with contextlib.suppress(OSError, AttributeError):

@@ -72,4 +72,5 @@ def _results(summary: Mapping[str, Any]) -> str:
 
 def _stage(stage: Mapping[str, Any]) -> str:
     metrics = ", ".join(f"{key} {value}" for key, value in stage["metrics"].items() if value is not None)
-    return f"{stage['stage']}. {stage['objective']} from `{stage['base']}`, seed {stage['seed']}, data {stage['data'][:12]}: {metrics}"
+    made = f"{stage['stage']}. {stage['objective']} from `{stage['base']}`, seed {stage['seed']}"
+    return f"{made}, data {stage['data'][:12]}: {metrics}"

@@ -155,7 +155,7 @@ def load_into(path: Path, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """torch warns that no process group is there; with one process that is as it should be."""
+    """Silence torch's warning that no process group is there; with one process that is as it should be."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

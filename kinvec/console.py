@@ -1,4 +1,4 @@
-"""What a person sees while waiting: one progress bar with an ETA on stderr. Results go to stdout, never through here."""
+"""What a person sees while waiting: one progress bar with an ETA on stderr. Results go to stdout, not through here."""
 
 from __future__ import annotations
 

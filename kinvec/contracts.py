@@ -94,8 +94,8 @@ class Result:
     """What an evaluation found, with every per-query value, so that two results can be compared with an interval.
 
     `metrics` holds the means (or, for whole-set statistics such as Spearman, the statistic) by public name, for example
-    `nDCG@10`, `RR@10`, `AP@10`, `R@100`, `P@10`, `spearman_cosine`. `per_query` holds one row per query or item: `id`, one
-    column per metric, and what a person needs to read it (`query`, `top_ids`; `score`, `cosine` for pairs).
+    `nDCG@10`, `RR@10`, `AP@10`, `R@100`, `P@10`, `spearman_cosine`. `per_query` holds one row per query or item: `id`,
+    one column per metric, and what a person needs to read it (`query`, `top_ids`; `score`, `cosine` for pairs).
     """
 
     task: str

@@ -1,7 +1,7 @@
 """One contrastive step in bounded memory: chunks of texts, their graphs kept where there is room, else recomputed.
 
-The gradient cache (Gao et al. 2021) with a choice per chunk: the loss sees all embeddings of the step, whichever chunks are
-kept, and loss and gradients are the same. Knows packs, embeddings and a closure; no objective.
+The gradient cache (Gao et al. 2021) with a choice per chunk: the loss sees all embeddings of the step, whichever chunks
+are kept, and loss and gradients are the same. Knows packs, embeddings and a closure; no objective.
 
 Shapes: n = texts of the step, d = dimensions.
 """

@@ -24,8 +24,8 @@ def info_nce(
 ) -> Float[Tensor, ""]:
     """The contrastive loss of van den Oord et al. 2018 over cosine similarities.
 
-    Query i should find document `targets[i]` among all documents that are not `excluded[i]`. The loss is the mean of the
-    cross-entropies weighted by `weights`. `excluded[i, targets[i]]` must be False.
+    Query i should find document `targets[i]` among all documents that are not `excluded[i]`. The loss is the mean of
+    the cross-entropies weighted by `weights`. `excluded[i, targets[i]]` must be False.
     """
     scores = _cosine(queries, documents) / temperature
     losses = _cross_entropy(scores.masked_fill(excluded, float("-inf")), targets, label_smoothing)

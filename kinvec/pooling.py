@@ -1,7 +1,7 @@
 """Hidden states of packed texts → one vector a text.
 
-Shapes: T = tokens of the pack, n = texts, h = hidden width. `starts[i]` and `lengths[i]` place text i; its first `skip[i]`
-tokens (a prompt) are left out. The names are those of sentence-transformers' `Pooling` module.
+Shapes: T = tokens of the pack, n = texts, h = hidden width. `starts[i]` and `lengths[i]` place text i; its first
+`skip[i]` tokens (a prompt) are left out. The names are those of sentence-transformers' `Pooling` module.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The training loop: optimiser, schedule, logging, checkpoints, signals. Model, objective, batches and evaluator are handed in.
+"""The training loop: optimiser, schedule, log, checkpoints, signals. Model, objective, batches, evaluator are given.
 
-Steps count from 1; the state after step k is a function of (recipe, data, seed, threads), however often the run was stopped.
+Steps count from 1; the state after step k is a function of (recipe, data, seed, threads), however often the run was
+stopped.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def _step(
     embedder: Embedder, objective: Objective, batch: PairBatch, optimizer: torch.optim.Optimizer, rate: float,
     settings: TrainerSettings, state: Progress, plan: tuple[float, int],
 ) -> dict[str, Any]:  # fmt: skip
-    """One optimiser step; out of memory, the chunks are halved and the step is begun again with the same random state."""
+    """One optimiser step; out of memory, the chunks are halved and the step begins again with the same random state."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     random_state = torch.get_rng_state()
@@ -318,7 +319,7 @@ def _resume(run: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, set
 
 
 def _allocate(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, Tensor]], path: Path) -> None:
-    """Give AdamW its moments, for the checkpoint to fill; a parameter that never had a gradient has none there either."""
+    """Give AdamW its moments, for the checkpoint to fill; a parameter that never had a gradient has none there."""
     stored = checkpoint.names(path)
     for name, parameter in parameters:
         if f"optimizer.{name}.step" in stored:
@@ -356,7 +357,8 @@ def memory_gb(device: torch.device) -> float:
 
 
 def _note(row: dict[str, Any]) -> str:
-    return f"loss {row['loss']:.4f} · {row['tokens_per_s']:,.0f} tokens/s · padding {row['padding_share']:.0%} · {row['memory_gb']:.1f} GB"
+    speed = f"{row['tokens_per_s']:,.0f} tokens/s · padding {row['padding_share']:.0%}"
+    return f"loss {row['loss']:.4f} · {speed} · {row['memory_gb']:.1f} GB"
 
 
 @contextmanager

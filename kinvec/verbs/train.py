@@ -41,7 +41,7 @@ def command(
 ) -> None:
     """Train an embedding model on your data, and prove that it got better.
 
-    The same command on the same out= continues a run that was stopped. Settings are key=value; all are in docs/recipe.md.
+    The same command on the same out= continues a run that was stopped. Settings are key=value; docs/recipe.md has all.
     """
     given = [recipe, *(settings or [])]
     name = None if "=" in recipe else given.pop(0)
@@ -80,7 +80,8 @@ def show(summary: dict[str, Any]) -> None:
         lexical = result["baselines"].get("BM25", {})
         for metric, row in result["metrics"].items():
             table.add_row(
-                metric, f"{lexical[metric]:.4f}" if metric in lexical else "", f"{row['base']:.4f}", f"{row['tuned']:.4f}",
+                metric, f"{lexical[metric]:.4f}" if metric in lexical else "",
+                f"{row['base']:.4f}", f"{row['tuned']:.4f}",
                 f"{row['difference']:+.4f}", f"{row['low']:+.4f} to {row['high']:+.4f}", f"{row['p']:.4f}",
             )  # fmt: skip
         console.print(table)
