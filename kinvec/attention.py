@@ -101,10 +101,11 @@ def packed_attention(
     if _varlen_fits(q, dropout, softcap):
         return _varlen(q, k, v, pack, attention_mask, scale)[None], None
     mask = attention_mask or TextMask(lambda b, h, i, j: (i >= 0) & (j >= 0))
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    # In training also without gradients: a chunk that is embedded twice must give the same bits both times.
+    if module.training or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return EqualLengthAttention.apply(q, k, v, pack, mask, scale, dropout, softcap)[None], None
-    assert dropout == 0.0 or torch.is_grad_enabled() or module.training
-    return _forward_only(q, k, v, pack, mask, scale, dropout, softcap)[None], None
+    assert dropout == 0.0, "dropout is for training"
+    return _forward_only(q, k, v, pack, mask, scale, softcap)[None], None
 
 
 def _varlen_fits(q: Tensor, dropout: float, softcap: float | None) -> bool:
@@ -165,7 +166,7 @@ def _probabilities(
 
 
 def _forward_only(
-    q: Tensor, k: Tensor, v: Tensor, pack: Pack, mask: TextMask, scale: float, dropout: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, pack: Pack, mask: TextMask, scale: float, softcap: float | None
 ) -> Float[Tensor, "T H V"]:
     """Without gradients: the fused kernel reads the run where it lies."""
     out = q.new_empty(*q.shape[:2], v.shape[-1])
@@ -173,15 +174,13 @@ def _forward_only(
     for start, g, length in _runs(pack):
         bias = mask.bias(start, length, q)
         end = start + g * length
-        if softcap is None and dropout == 0.0:
+        if softcap is None:
             views = (x[start:end].view(g, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
             run = nn.functional.scaled_dot_product_attention(*views, attn_mask=bias, scale=scale, enable_gqa=groups > 1)
             out[start:end].view(g, length, *out.shape[1:]).copy_(run.transpose(1, 2))
             continue
         heads = _by_head(q, start, g, length), _by_head(k, start, g, length, groups)
         probs, _ = _probabilities(*heads, bias, scale, softcap)
-        if dropout > 0.0:
-            probs = probs * keep_mask(probs.shape, dropout, probs.device) / (1.0 - dropout)
         _from_heads(torch.bmm(probs, _by_head(v, start, g, length, groups)), g, out[start:end])
     return out
 
