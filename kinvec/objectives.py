@@ -93,7 +93,10 @@ def _from_file(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's own lines raise
+        raise RecipeError(f"objective.name: '{file}' cannot be run ({type(error).__name__}: {error})") from error
     if not callable(getattr(module, function, None)):
         raise RecipeError(f"objective.name: '{file}' has no function '{function}'")
     return getattr(module, function)

@@ -21,7 +21,7 @@ CHUNK_TOKENS = 16384
 
 def parse_bytes(text: str) -> int:
     """`6GiB`, `500MB` → bytes. Raises `RecipeError` for anything else."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(text))
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([A-Za-z]*)\s*", str(text))
     if not found or found[2].upper() not in UNITS:
         raise RecipeError(f"'{text}' is no amount of memory; write 'auto' or a number with a unit, such as 6GiB")
     return int(float(found[1]) * UNITS[found[2].upper()])
