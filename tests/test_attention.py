@@ -228,7 +228,7 @@ def test_attention_equals_loops_and_its_gradient_is_right(mask: str, softcap: fl
     with torch.no_grad():
         qs, ks, vs = (x.transpose(0, 1)[None] for x in (q, k, v))
         with packed(SHAPE):
-            out, _ = packed_attention(nn.Identity(), qs, ks, vs, text_mask(mask), 0.0, 0.4, softcap)
+            out, _ = packed_attention(nn.Identity().eval(), qs, ks, vs, text_mask(mask), 0.0, 0.4, softcap)
     torch.testing.assert_close(out[0], expected, atol=1e-12, rtol=0)
     assert torch.autograd.gradcheck(attend, (q, k, v))
 

@@ -1,0 +1,205 @@
+"""Losses against plain loops and against sentence-transformers on the same embeddings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch import Tensor
+
+from kinvec.contracts import RecipeError
+from kinvec.losses import info_nce, info_nce_both_ways
+from kinvec.objectives import ObjectiveSettings, make_objective
+from kinvec.sampling import PairBatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    product = sum(x * y for x, y in zip(a, b, strict=True))
+    return product / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+
+
+def by_loops(
+    queries: Tensor,
+    documents: Tensor,
+    targets: Tensor,
+    excluded: Tensor,
+    weights: Tensor,
+    temperature: float,
+    smoothing: float,
+) -> float:
+    """The loss as its definition reads, in Python floats."""
+    total = 0.0
+    for i, query in enumerate(queries.tolist()):
+        open_to = [j for j in range(len(documents)) if not excluded[i, j]]
+        scores = {j: cosine(query, documents[j].tolist()) / temperature for j in open_to}
+        norm = math.log(sum(math.exp(score) for score in scores.values()))
+        hit = norm - scores[int(targets[i])]
+        even = sum(norm - score for score in scores.values()) / len(scores)
+        total += float(weights[i]) * ((1 - smoothing) * hit + smoothing * even)
+    return total / float(weights.sum())
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    """Queries, documents, a target each, anything but the target excluded, unequal weights."""
+    b, n, d = draw(st.integers(1, 6)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    targets = torch.randint(n, (b,), generator=generator)
+    excluded = torch.rand(b, n, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    excluded[torch.arange(b), targets] = False
+    return {
+        "queries": torch.randn(b, d, generator=generator, dtype=torch.float64),
+        "documents": torch.randn(n, d, generator=generator, dtype=torch.float64),
+        "targets": targets,
+        "excluded": excluded,
+        "weights": torch.rand(b, generator=generator, dtype=torch.float64) + 0.1,
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.sampled_from([0.02, 0.05, 1.0]), st.sampled_from([0.0, 0.1, 0.9]))
+def test_info_nce_is_its_definition(problem: dict[str, Any], temperature: float, smoothing: float) -> None:
+    ours = info_nce(**problem, temperature=temperature, label_smoothing=smoothing)
+    assert ours.item() == pytest.approx(by_loops(**problem, temperature=temperature, smoothing=smoothing), abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from([0.05, 1.0]), st.sampled_from([0.0, 0.1]))
+def test_both_ways_is_the_mean_of_two_definitions(
+    problem: dict[str, Any], temperature: float, smoothing: float
+) -> None:
+    """Back: each positive against the queries, of which those are left out that exclude it."""
+    queries, documents, targets = problem["queries"], problem["documents"], problem["targets"]
+    count = len(queries)
+    closed = [[bool(problem["excluded"][other, targets[i]]) for other in range(count)] for i in range(count)]
+    mirror = {
+        "queries": documents[targets], "documents": queries, "targets": torch.arange(count),
+        "excluded": torch.tensor(closed), "weights": problem["weights"],
+    }  # fmt: skip
+    forth = by_loops(**problem, temperature=temperature, smoothing=smoothing)
+    back = by_loops(**mirror, temperature=temperature, smoothing=smoothing)
+    ours = info_nce_both_ways(**problem, temperature=temperature, label_smoothing=smoothing)
+    assert ours.item() == pytest.approx((forth + back) / 2, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", [info_nce, info_nce_both_ways])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradients_are_right_and_excluded_documents_get_none(loss: Any, smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    queries = torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    documents = torch.randn(5, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    excluded = torch.zeros(3, 5, dtype=torch.bool)
+    excluded[:, 4] = True  # nobody's: it must not move
+    excluded[0, 1] = True
+    weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+
+    def value(q: Tensor, d: Tensor) -> Tensor:
+        return loss(q, d, torch.arange(3), excluded, weights, 0.3, smoothing)
+
+    assert torch.autograd.gradcheck(value, (queries, documents))
+    value(queries, documents).backward()
+    assert documents.grad is not None
+    assert (documents.grad[4] == 0).all() and (documents.grad[:4].abs().amax(1) > 0).all()
+
+
+def test_excluding_everything_else_leaves_nothing_to_learn() -> None:
+    excluded = ~torch.eye(3, dtype=torch.bool)
+    loss = info_nce(torch.randn(3, 4), torch.randn(3, 4), torch.arange(3), excluded, torch.ones(3), 0.05)
+    assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize("hard", [0, 1, 3])
+@pytest.mark.parametrize("temperature", [0.05, 0.01])
+@pytest.mark.parametrize("both", [False, True])
+def test_equals_sentence_transformers_on_the_same_embeddings(hard: int, temperature: float, both: bool) -> None:
+    """Value and gradients of MultipleNegativesRankingLoss; its documents are positives, then negatives by column."""
+    torch.manual_seed(0)
+    columns = [torch.randn(6, 16, dtype=torch.float64).requires_grad_() for _ in range(2 + hard)]
+    directions = ("query_to_doc", "doc_to_query") if both else ("query_to_doc",)
+    peer = MultipleNegativesRankingLoss(
+        model=None, scale=1 / temperature, directions=directions, partition_mode="per_direction"
+    )
+    theirs = peer.compute_loss_from_embeddings(columns, None)
+    their_gradients = torch.autograd.grad(theirs, columns)
+    excluded = torch.zeros(6, 6 * (1 + hard), dtype=torch.bool)
+    weights = torch.ones(6, dtype=torch.float64)
+    loss = info_nce_both_ways if both else info_nce
+    ours = loss(columns[0], torch.cat(columns[1:]), torch.arange(6), excluded, weights, temperature)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    for mine, other in zip(torch.autograd.grad(ours, columns), their_gradients, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-9)
+
+
+# ---- the contrastive objective on a batch ----
+
+
+def batch_of(excluded: Tensor, owner: list[int], weights: list[float]) -> PairBatch:
+    count, documents = excluded.shape
+    return PairBatch(
+        queries=[f"q{i}" for i in range(count)], documents=[f"d{j}" for j in range(documents)],
+        targets=torch.arange(count), excluded=excluded, owner=torch.tensor(owner), weights=torch.tensor(weights),
+        scores=torch.ones(count), query_ids=[f"q{i}" for i in range(count)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("hard", ["shared", "own"])
+@pytest.mark.parametrize("both", [False, True])
+def test_hard_negatives_are_shared_or_own(hard: Literal["shared", "own"], both: bool) -> None:
+    """Three queries; row 0 brought documents 3 and 4, row 2 brought document 5."""
+    torch.manual_seed(0)
+    owner = [0, 1, 2, 0, 0, 2]
+    excluded = torch.zeros(3, 6, dtype=torch.bool)
+    excluded[1, 2] = excluded[2, 3] = True
+    batch = batch_of(excluded, owner, [1.0, 0.5, 1.0])
+    queries, documents = torch.randn(3, 8), torch.randn(6, 8)
+    closed = excluded.clone()
+    if hard == "own":
+        for row in range(3):
+            for column in range(3, 6):
+                closed[row, column] |= owner[column] != row
+    objective = make_objective(
+        ObjectiveSettings(hard_negatives=hard, both_directions=both, temperature=0.1, label_smoothing=0.05)
+    )
+    arguments = (queries, documents, batch.targets, closed, batch.weights)
+    expected = by_loops(*arguments, temperature=0.1, smoothing=0.05)
+    if both:
+        back = (documents[:3], queries, batch.targets, excluded[:, :3].T, batch.weights)
+        expected = (expected + by_loops(*back, temperature=0.1, smoothing=0.05)) / 2
+    assert objective.loss(queries, documents, batch).item() == pytest.approx(expected, abs=1e-5)
+    assert objective.texts(batch) == (batch.queries, batch.documents)
+    assert torch.equal(batch.excluded, excluded)  # the batch itself is left as it was
+
+
+def test_a_users_own_loss_comes_from_their_file(tmp_path: Any) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def my_loss(queries, documents, batch):\n    return (queries - documents[batch.targets]).pow(2).sum()\n"
+    )
+    objective = make_objective(ObjectiveSettings(name=f"{file}:my_loss"))
+    queries, documents = torch.ones(2, 3), torch.zeros(2, 3)
+    batch = batch_of(torch.zeros(2, 2, dtype=torch.bool), [0, 1], [1.0, 1.0])
+    assert objective.loss(queries, documents, batch).item() == 6.0
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("contrastif", r"objective\.name: 'contrastif' is unknown; known are contrastive"),
+        ("nowhere.py:loss", r"there is no file 'nowhere\.py'"),
+        ("{file}:other", r"mine\.py' has no function 'other'"),
+        ("{broken}:loss", r"broken\.py"),
+    ],
+)
+def test_an_objective_that_is_not_there(tmp_path: Any, name: str, sentence: str) -> None:
+    (tmp_path / "mine.py").write_text("def my_loss(q, d, b): return q.sum()\n")
+    (tmp_path / "broken.py").write_text("def my_loss(q, d, b) return q.sum()\n")
+    name = name.format(file=tmp_path / "mine.py", broken=tmp_path / "broken.py")
+    with pytest.raises(RecipeError, match=sentence):
+        make_objective(ObjectiveSettings(name=name))
