@@ -60,27 +60,25 @@ def command(
 def show(comparison: Comparison) -> None:
     """Print a comparison for a person."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
     what = "pairs" if comparison.kind == "similarity" else "queries"
     split = f", {comparison.split}" if comparison.split else ""
-    title = f"{comparison.task}{split}: {comparison.queries:,} {what}\nA {comparison.a}\nB {comparison.b}"
-    table = Table(title=escape(title), title_justify="left")
+    print(f"{comparison.task}{split}: {comparison.queries:,} {what}\nA {comparison.a}\nB {comparison.b}")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("metric", "A", "B", "B − A", "95 % interval", "p", "won", "tied", "lost"):
-        table.add_column(name, justify="left" if name == "metric" else "right")
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     for row in comparison.metrics:
         table.add_row(
-            row.metric, f"{row.a:.4f}", f"{row.b:.4f}", f"{row.difference:+.4f}", f"{row.low:+.4f} to {row.high:+.4f}",
+            row.metric, f"{row.a:.4f}", f"{row.b:.4f}", f"{row.difference:+.4f}", f"{row.low:+.4f}, {row.high:+.4f}",
             f"{row.p:.4f}", f"{row.won:,}", f"{row.tied:,}", f"{row.lost:,}",
         )  # fmt: skip
-    console.print(table)
+    Console().print(table)
     for name, changes in (("won", comparison.wins), ("lost", comparison.losses)):
         if changes:
-            console.print(f"\n{what} {name} most, by {comparison.by}:")
+            print(f"{what} {name} most, by {comparison.by}:")
         for change in changes:
-            console.print(_told(change), markup=False, highlight=False)
+            print(_told(change))
 
 
 def _told(change: Change) -> str:

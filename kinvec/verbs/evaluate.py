@@ -153,14 +153,14 @@ def show(result: Result) -> None:
 
     what = "pairs" if result.kind == "similarity" else "queries"
     split = f", {result.split}" if result.split else ""
-    table = Table(title=f"{result.task}{split}: {len(result.per_query['id']):,} {what}", title_justify="left")
-    table.add_column("metric")
+    seconds = sum(value for key, value in result.timing.items() if not key.endswith("per_second"))
+    precision = f" in {result.precision}" if result.precision else ""
+    print(f"{result.task}{split}: {len(result.per_query['id']):,} {what}, {seconds:.1f} s{precision}")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("metric", no_wrap=True)
     for name in (result.model, *result.baselines):
         table.add_column(name, justify="right", overflow="fold")
     for metric, value in result.metrics.items():
         beside = [f"{row[metric]:.5f}" if metric in row else "" for row in result.baselines.values()]
         table.add_row(metric, f"{value:.5f}", *beside)
     Console().print(table)
-    seconds = sum(value for key, value in result.timing.items() if not key.endswith("per_second"))
-    precision = f" in {result.precision}" if result.precision else ""
-    print(f"{seconds:.1f} s{precision}")
