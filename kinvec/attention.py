@@ -1,11 +1,11 @@
 """Attention over packed texts: every text sees itself alone, without padding, forward and backward.
 
-Any Hugging Face model that takes a custom attention function runs on it (`install`). The model's own mask rule (causal,
-bidirectional, sliding window) is taken from transformers, so each family keeps its exact semantics; we only ask it about
-one text at a time. Kernels: `torch.nn.attention.varlen` on CUDA in half precision without dropout; everywhere else texts
+Any Hugging Face model that takes a custom attention function runs on it (`install`). The model's own mask rule
+(causal, bidirectional, sliding window) is taken from transformers, so each family keeps its exact semantics; we only ask
+it about one text at a time. Kernels: `torch.nn.attention.varlen` on CUDA in half precision without dropout; everywhere else texts
 of equal length share one batched matrix product.
 
-Shapes: T = tokens of the pack, H = query heads, K = key/value heads, D = head width, g = texts of a run, L = their length.
+Shapes: T = tokens of the pack, H = query heads, K = key/value heads, D = head width; g texts of a run have length L.
 """
 
 from __future__ import annotations
@@ -175,8 +175,10 @@ def _forward_only(
         bias = mask.bias(start, length, q)
         end = start + g * length
         if softcap is None:
-            views = (x[start:end].view(g, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-            run = nn.functional.scaled_dot_product_attention(*views, attn_mask=bias, scale=scale, enable_gqa=groups > 1)
+            qs, ks, vs = (x[start:end].view(g, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+            run = nn.functional.scaled_dot_product_attention(
+                qs, ks, vs, attn_mask=bias, scale=scale, enable_gqa=groups > 1
+            )
             out[start:end].view(g, length, *out.shape[1:]).copy_(run.transpose(1, 2))
             continue
         heads = _by_head(q, start, g, length), _by_head(k, start, g, length, groups)
@@ -192,7 +194,7 @@ class EqualLengthAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 - autograd hands its arguments over one by one
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -294,9 +296,9 @@ class FusedProjections:
     def project(self, index: int, x: Tensor) -> Tensor:
         """The output of projection `index` for x; the first one asked for computes all."""
         if x is not self._input or index not in self._outputs:
-            weight = torch.cat([layer.weight for layer in self.layers])
-            biases = [layer.bias for layer in self.layers]
-            bias = torch.cat(biases) if biases[0] is not None else None
+            weight = torch.cat(tuple(layer.weight for layer in self.layers))
+            biases = tuple(layer.bias for layer in self.layers if layer.bias is not None)
+            bias = torch.cat(biases) if biases else None
             parts = nn.functional.linear(x, weight, bias).split([layer.out_features for layer in self.layers], -1)
             self._input, self._outputs = x, dict(enumerate(parts))
         part = self._outputs.pop(index)
@@ -313,8 +315,9 @@ def fuse_projections(model: nn.Module) -> int:
     count = 0
     for module in list(model.modules()):
         for names in PROJECTIONS:
-            layers = tuple(getattr(module, name, None) for name in names)
-            if not all(type(layer) is nn.Linear for layer in layers):
+            found = [getattr(module, name, None) for name in names]
+            layers = tuple(layer for layer in found if type(layer) is nn.Linear)
+            if len(layers) < len(names):
                 continue
             if len({layer.bias is None for layer in layers}) > 1:
                 continue

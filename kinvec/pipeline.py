@@ -101,7 +101,7 @@ def open_run_data(recipe: Recipe) -> RunData:
         shared = _shared_queries(table, examples, test)
         if shared:
             warnings.append(
-                f"{shared} training queries are also test queries: the gain will look too good (kinvec check says which)"
+                f"{shared} training queries are also test queries: the gain will look too good (see kinvec check)"
             )
     return RunData(table, examples, dev, test, warnings)
 
@@ -206,7 +206,8 @@ def _same_run(folder: Path, identity: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise KinvecError(
-            f"{folder}: holds a run with other settings ({'; '.join(changed[:5])}); choose another out=, or --force to start afresh"
+            f"{folder}: holds a run with other settings ({'; '.join(changed[:5])}); "
+            "choose another out=, or --force to start afresh"
         )
     before = json.loads((folder / "environment.json").read_text("utf-8")).get("threads")
     if before != torch.get_num_threads():
@@ -336,7 +337,9 @@ def _finish(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData, tra
                 {
                     "task": name, "queries": comparison.queries, "baselines": before.baselines,
                     "metrics": {
-                        d.metric: {"base": d.a, "tuned": d.b, "difference": d.difference, "low": d.low, "high": d.high, "p": d.p}
+                        d.metric: {
+                            "base": d.a, "tuned": d.b, "difference": d.difference, "low": d.low, "high": d.high, "p": d.p
+                        }
                         for d in comparison.metrics
                     },
                 }

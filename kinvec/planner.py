@@ -54,7 +54,7 @@ def saved_bytes_per_token(model: nn.Module, embed: Callable[[Pack], Tensor], sam
 
 
 def chunks_to_keep(chunk_tokens: list[int], bytes_per_token: float, budget: int) -> int:
-    """How many chunks, from the first on, may keep their graphs within the budget; the largest chunk must be recomputable."""
+    """How many chunks, from the first on, may keep their graphs within the budget; the largest must be recomputable."""
     tokens = int(budget * MARGIN / max(bytes_per_token, 1.0))
     if sum(chunk_tokens) <= tokens:
         return len(chunk_tokens)
