@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,21 @@ def test_killed_while_a_shards_parts_are_removed(tmp_path: Path) -> None:
     vectors.write_side(folder, "doc", 29, rows(29), lambda texts: pytest.fail("nothing is left to encode"))
     vectors.finish(folder, state, {"dimension": 11})
     assert content(folder) == content(tmp_path / "whole")
+
+
+def test_memory_does_not_grow_with_the_number_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "WINDOW", 100)
+    monkeypatch.setattr(vectors, "SHARD_WINDOWS", 6)
+
+    def peak(n: int) -> int:
+        tracemalloc.start()
+        write(tmp_path / str(n), n, lambda texts: np.ones((len(texts), 1024), np.float32))
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return highest
+
+    peak(100)  # what is imported and cached at the first use
+    assert peak(6000) < 1.3 * peak(600)
 
 
 def test_wrong_sources_leave_nothing_behind(tmp_path: Path) -> None:

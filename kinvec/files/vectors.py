@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def _write_judgements(path: Path, judgements: Iterable[tuple[str, str, int]]) ->
         return
     with open(path, "w", encoding="utf-8", newline="") as file:
         file.write("query-id\tcorpus-id\tscore\n")
-        file.writelines(f"{query}\t{document}\t{grade}\n" for query, document, grade in (first, *lines))
+        file.writelines(f"{query}\t{document}\t{grade}\n" for query, document, grade in chain([first], lines))
 
 
 def begin(folder: Path, beside: Path, rows: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, Any]:
