@@ -75,7 +75,7 @@ def source_files(packages: Sequence[str]) -> Iterator[tuple[Path, str]]:
         base = library if package == "stdlib" else installed
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(base).with_suffix("").parts
-            if SKIPPED_FOLDERS.isdisjoint(parts) and not path.name.startswith(("test_", "_test")):
+            if SKIPPED_FOLDERS.isdisjoint(parts) and not path.name.startswith(("test_", "_test", "conftest")):
                 yield path, ".".join(part for part in parts if part != "__init__")
 
 
@@ -154,7 +154,8 @@ def counts(pairs: Iterable[Pair]) -> dict[str, int]:
     found = dict.fromkeys(PACKAGES, 0)
     for pair in pairs:
         package = pair.name.partition(".")[0]
-        found[package if package in found else "stdlib"] += 1
+        package = package if package in PACKAGES else "stdlib"
+        found[package] = found.get(package, 0) + 1
     return {package: count for package, count in found.items() if count}
 
 

@@ -116,7 +116,7 @@ def _build(folder: Path, minutes: float, machine: Sequence[str], begun: float) -
     from kinvec.pipeline import open_model
     from kinvec.recipe import load_recipe
 
-    pairs = docstrings.collect()
+    pairs = docstrings.collect(docstrings.PACKAGES)
     train, test = docstrings.split(pairs, TEST_SHARE)
     told = ", ".join(f"{package} {count:,}" for package, count in docstrings.counts(pairs).items())
     say(f"found {len(pairs):,} distinct pairs of a docstring's summary and its body ({told})")

@@ -1,0 +1,126 @@
+"""The report in a real Chromium, from the disk: it loads without a complaint, and everything on it can be used."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+from synthetic_run import make_run
+
+from kinvec.reporting import SECTIONS, build_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (scripts/install-chromium.sh)")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build_report(make_run(tmp_path_factory.mktemp("browser") / "run")).as_uri()
+
+
+def open_page(browser: Browser, address: str, **settings: Any) -> tuple[Page, list[str]]:
+    """The page, and the list that everything it complains of or asks the network for goes to."""
+    page = browser.new_page(**settings)
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: complaints.append(request.url) if request.url != address else None)
+    page.goto(address)
+    return page, complaints
+
+
+def background(page: Page) -> str:
+    return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+def test_the_page_loads_alone_and_without_a_complaint(browser: Browser, report: str) -> None:
+    page, complaints = open_page(browser, report)
+    assert page.locator("h1").inner_text().startswith("Better by")
+    for anchor, title, _ in SECTIONS:
+        assert page.locator(f"section#{anchor} h2").inner_text() == title
+        assert page.locator(f"nav a[href='#{anchor}']").is_visible()
+    assert page.locator("#scores tbody tr").count() == 3
+    assert page.locator("#examples article").count() == 12
+    assert [url for url in complaints if not url.startswith("data:")] == []
+    page.close()
+
+
+def test_the_theme_follows_the_system_until_the_button_is_pressed(browser: Browser, report: str) -> None:
+    light, _ = open_page(browser, report, color_scheme="light")
+    dark, _ = open_page(browser, report, color_scheme="dark")
+    colours = background(light), background(dark)
+    assert colours[0] != colours[1]
+    light.get_by_role("button", name="Dark theme").click()
+    assert background(light) == colours[1]
+    light.reload()
+    assert background(light) == colours[1]
+    light.get_by_role("button", name="Light theme").click()
+    assert background(light) == colours[0]
+    light.close()
+    dark.close()
+
+
+def test_the_page_fits_a_phone(browser: Browser, report: str) -> None:
+    page, _ = open_page(browser, report, viewport={"width": 360, "height": 720})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    too_small = page.evaluate(
+        """[...document.querySelectorAll('main *')].filter(e => e.children.length === 0 && e.textContent.trim()
+           && e.checkVisibility() && parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.outerHTML)"""
+    )
+    assert too_small == []
+    page.close()
+
+
+def test_everything_can_be_reached_by_keyboard(browser: Browser, report: str) -> None:
+    page, _ = open_page(browser, report)
+    reached = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
+    assert reached[0] == "skip"
+    assert "theme" in reached
+    curve = page.locator(".curve")
+    curve.focus()
+    resting = page.locator(".curve output").inner_text()
+    page.keyboard.press("Home")
+    assert page.locator(".curve output").inner_text().startswith("step 1 ·")
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".curve output").inner_text().startswith("step 2 ·")
+    page.keyboard.press("End")
+    assert page.locator(".curve output").inner_text().startswith("step 120 ·")
+    page.keyboard.press("Escape")
+    assert page.locator(".curve output").inner_text() == resting
+    page.close()
+
+
+def test_the_pointer_reads_the_curve(browser: Browser, report: str) -> None:
+    page, _ = open_page(browser, report)
+    area = page.locator(".curve .area").first
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 20)
+    assert page.locator(".curve output").inner_text().startswith("step 60 ·")
+    assert page.locator(".curve .cursor").first.is_visible()
+    page.close()
+
+
+def test_dots_are_round_at_any_width(browser: Browser, report: str) -> None:
+    """A stretched picture must not stretch what is drawn in it: a dot has no length and a fixed width."""
+    for width in (360, 1400):
+        page, _ = open_page(browser, report, viewport={"width": width, "height": 800})
+        effect = page.evaluate("getComputedStyle(document.querySelector('.dot')).vectorEffect")
+        assert effect == "non-scaling-stroke"
+        page.close()
