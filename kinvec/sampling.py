@@ -17,14 +17,14 @@ from torch import Tensor
 
 from kinvec.config import Settings
 from kinvec.contracts import Corpus, Example, RetrievalData
-from kinvec.files import Table, text_key, text_keys
+from kinvec.files import Table, exact_key, text_key, text_keys
 
 
 class DataSettings(Settings):
     """What is trained on, and how it is read."""
 
     train: str = ""
-    """Training data: a BEIR folder, or a file of retrieval examples (JSON array, JSONL, CSV, Parquet), SQuAD, triplets."""
+    """Training data: a BEIR folder, or a file of retrieval examples (JSON, JSONL, CSV, Parquet), SQuAD, triplets."""
     dev: str | None = None
     """Data that chooses the best checkpoint; unset, the dev split of a BEIR folder, else a held-out share of train."""
     test: str | None = None
@@ -55,8 +55,8 @@ class DataSettings(Settings):
 class PairBatch:
     """B queries against N documents: row i's positive is document `targets[i]`; hard negatives follow the positives.
 
-    `excluded[i, j]` is True where document j is no negative for query i although it is not its target: it is another known
-    positive, a duplicate of one, or the query's own text. `owner[j]` is the row that brought document j.
+    `excluded[i, j]` is True where document j is no negative for query i although it is not its target: it is another
+    known positive, a duplicate of one, or the query's own text. `owner[j]` is the row that brought document j.
     """
 
     queries: list[str]
@@ -103,7 +103,7 @@ class KnownPositives:
 
 def id_keys(ids: Sequence[str]) -> Int[np.ndarray, " n"]:
     """64-bit keys of ids, apart from those of texts: an id that reads like some text is not that text."""
-    return text_keys([f"\x00id\x00{value}" for value in ids])
+    return np.fromiter((exact_key(f"\x00id\x00{value}") for value in ids), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class PairSource:
     table: Table
     rows: Int[np.ndarray, " R"]
     places: Int[np.ndarray, " R"]
+    weights: Float[np.ndarray, " R"]
     known: KnownPositives
     settings: DataSettings
     seed: int
@@ -130,15 +131,23 @@ class PairSource:
         chosen = order[place * batch_size : (place + 1) * batch_size]
         picked = [(self.table.example(int(self.rows[i])), int(self.places[i])) for i in chosen]
         draw = np.random.default_rng([self.seed, epoch, place, 1])
-        return build_batch(picked, self.known, self.settings, draw)
+        return build_batch(picked, self.weights[chosen], self.known, self.settings, draw)
 
 
 def pair_source(table: Table, examples: Int[np.ndarray, " E"], settings: DataSettings, seed: int) -> PairSource:
-    """One row per (query, positive) of the given examples of the table."""
+    """One row per (query, positive) of the given examples of the table.
+
+    Every query weighs the same, however many positives it has and however many lines of the file they stand in.
+    """
     counts = _positive_counts(table)[examples]
+    keys = [text_keys(batch.column("query").to_pylist()) for batch in table.batches(["query"])]
+    _, query = np.unique(np.concatenate(keys)[examples], return_inverse=True)
+    weights = 1.0 / np.maximum(np.bincount(query, weights=counts), 1.0)
     rows = np.repeat(examples, counts)
     places = np.concatenate([np.arange(count) for count in counts]) if len(counts) else np.empty(0, dtype=np.int64)
-    return PairSource(table, rows, places, KnownPositives(table, examples), settings, seed)
+    return PairSource(
+        table, rows, places, np.repeat(weights[query], counts), KnownPositives(table, examples), settings, seed
+    )
 
 
 def _positive_counts(table: Table) -> Int[np.ndarray, " E"]:
@@ -147,8 +156,9 @@ def _positive_counts(table: Table) -> Int[np.ndarray, " E"]:
 
 
 def build_batch(
-    picked: Sequence[tuple[Example, int]], known: KnownPositives, settings: DataSettings, draw: np.random.Generator
-) -> PairBatch:
+    picked: Sequence[tuple[Example, int]], weights: Float[np.ndarray, " B"], known: KnownPositives,
+    settings: DataSettings, draw: np.random.Generator,
+) -> PairBatch:  # fmt: skip
     """Lay out positives, then hard negatives, and mark what must not count as a negative."""
     texts = [example.positives[place] for example, place in picked]
     ids = [example.positive_ids[place] for example, place in picked]
@@ -164,8 +174,7 @@ def build_batch(
         targets=torch.arange(len(picked)),
         excluded=_excluded([example for example, _ in picked], texts, ids, known),
         owner=torch.tensor(owner),
-        # Every query weighs the same, however many positives it has.
-        weights=torch.tensor([1.0 / len(example.positives) for example, _ in picked]),
+        weights=torch.tensor(weights, dtype=torch.float32),
         scores=torch.tensor([example.positive_scores[place] for example, place in picked]),
         query_ids=[example.query_id for example, _ in picked],
     )
@@ -188,9 +197,9 @@ def _excluded(
     query_texts, query_ids = text_keys([e.query for e in examples]), id_keys([e.query_id for e in examples])
     excluded = torch.zeros(len(examples), len(texts), dtype=torch.bool)
     for row in range(len(examples)):
-        keys = {int(query_texts[row])}  # a document that is the query's own text is no negative
-        keys.update(known.of(int(query_texts[row])).tolist(), known.of(int(query_ids[row])).tolist())
-        hits = [column for key in keys for column in columns.get(key, ())]
+        masked = {int(query_texts[row])}  # a document that is the query's own text is no negative
+        masked.update(known.of(int(query_texts[row])).tolist(), known.of(int(query_ids[row])).tolist())
+        hits = [column for key in masked for column in columns.get(key, ())]
         excluded[row, hits] = True
         excluded[row, row] = False
     return excluded
@@ -199,7 +208,7 @@ def _excluded(
 def hold_out(table: Table, share: float, name: str) -> tuple[Int[np.ndarray, " A"], Int[np.ndarray, " B"]]:
     """(kept, held out) rows: about `share` of the queries, chosen by a hash of their text and `name`.
 
-    A query's rows stay together, and the same query is held out whatever the order or size of the file.
+    A query's rows stay together, and the same queries are held out whatever the order of the file.
     """
     keys = np.concatenate([_query_draws(batch.column("query").to_pylist(), name) for batch in table.batches(["query"])])
     distinct = np.unique(keys)
