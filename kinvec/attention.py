@@ -1,9 +1,9 @@
 """Attention over packed texts: every text sees itself alone, without padding, forward and backward.
 
 Any Hugging Face model that takes a custom attention function runs on it (`install`). The model's own mask rule
-(causal, bidirectional, sliding window) is taken from transformers, so each family keeps its exact semantics; we only ask
-it about one text at a time. Kernels: `torch.nn.attention.varlen` on CUDA in half precision without dropout; everywhere else texts
-of equal length share one batched matrix product.
+(causal, bidirectional, sliding window) is taken from transformers, so each family keeps its exact semantics; we only
+ask it about one text at a time. Kernels: `torch.nn.attention.varlen` on CUDA in half precision without dropout;
+everywhere else texts of equal length share one batched matrix product.
 
 Shapes: T = tokens of the pack, H = query heads, K = key/value heads, D = head width; g texts of a run have length L.
 """
@@ -123,9 +123,11 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, pack: Pack, mask: TextMask | None, 
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     last = int(ends[-1]) - longest  # texts lie shortest first, so the longest ends the pack
     window = mask.window(last, longest, q.device) if mask is not None else (-1, -1)
-    return varlen_attn(
+    out = varlen_attn(
         q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, longest, longest, scale=scale, window_size=window
     )
+    assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
+    return out
 
 
 def _runs(pack: Pack) -> Iterator[tuple[int, int, int]]:
@@ -297,7 +299,7 @@ class FusedProjections:
         """The output of projection `index` for x; the first one asked for computes all."""
         if x is not self._input or index not in self._outputs:
             weight = torch.cat(tuple(layer.weight for layer in self.layers))
-            biases = tuple(layer.bias for layer in self.layers if layer.bias is not None)
+            biases: tuple[Tensor, ...] = tuple(filter(torch.is_tensor, (layer.bias for layer in self.layers)))
             bias = torch.cat(biases) if biases else None
             parts = nn.functional.linear(x, weight, bias).split([layer.out_features for layer in self.layers], -1)
             self._input, self._outputs = x, dict(enumerate(parts))
@@ -323,7 +325,7 @@ def fuse_projections(model: nn.Module) -> int:
                 continue
             fused = FusedProjections(layers)
             for index, layer in enumerate(layers):
-                layer.forward = _bind(fused, index)
+                layer.forward = _bind(fused, index)  # type: ignore[method-assign, assignment]
             count += 1
     return count
 

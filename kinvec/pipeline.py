@@ -338,7 +338,8 @@ def _finish(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData, tra
                     "task": name, "queries": comparison.queries, "baselines": before.baselines,
                     "metrics": {
                         d.metric: {
-                            "base": d.a, "tuned": d.b, "difference": d.difference, "low": d.low, "high": d.high, "p": d.p
+                            "base": d.a, "tuned": d.b,
+                            "difference": d.difference, "low": d.low, "high": d.high, "p": d.p,
                         }
                         for d in comparison.metrics
                     },
