@@ -15,6 +15,8 @@ from kinvec.contracts import Result, RetrievalData
 from kinvec.tasks.rankings import MEASURES, check_problem, from_rankings, search_depth, timed, versions
 from kinvec.topk import empty_best, keep_best, rank_ids
 
+SHOW_PROGRESS = 50_000  # documents from which on indexing takes long enough to be shown
+
 _RESULTS: dict[tuple[str, tuple[str, ...]], Result] = {}  # data fingerprint, measures → result, for this process
 
 
@@ -42,11 +44,12 @@ def _rankings(data: RetrievalData, k: int) -> tuple[Float32[np.ndarray, "q k"], 
     k = min(k, len(data.corpus))
     best_scores, best_rows = empty_best(len(data.qrels), k)
     tokenizer = bm25s.tokenization.Tokenizer(stopwords="en", stemmer=Stemmer.Stemmer("english"))
-    words = tokenizer.tokenize(data.corpus.texts, update_vocab=True, show_progress=False, allow_empty=False)
+    slow = len(data.corpus) > SHOW_PROGRESS
+    words = tokenizer.tokenize(data.corpus.texts, update_vocab=True, show_progress=slow, allow_empty=False)
     if not any(words):  # not one word in all documents: nothing can be found, and bm25s cannot index it
         return best_scores, best_rows
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
-    index.index((words, tokenizer.get_vocab_dict()), show_progress=False)
+    index.index((words, tokenizer.get_vocab_dict()), show_progress=slow)
     tie_rank = rank_ids(data.corpus.ids)
     asked = tokenizer.tokenize(
         [data.queries[query] for query in data.qrels], update_vocab=False, show_progress=False, allow_empty=False
