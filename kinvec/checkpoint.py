@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from kinvec.contracts import KinvecError
+from kinvec.files import replace_folder
 
 MANIFEST = "manifest.json"
 
@@ -61,9 +62,12 @@ class _Unpickler(pickle.Unpickler):
 
 def _read_metadata(path: Path) -> Metadata:
     try:
-        return _Unpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
+        metadata = _Unpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
         raise KinvecError(f"{path}: the checkpoint's metadata cannot be read ({error})") from None
+    if not isinstance(metadata, Metadata):
+        raise KinvecError(f"{path}: the checkpoint's metadata cannot be read (it holds {type(metadata).__name__})")
+    return metadata
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -95,11 +99,10 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
             json.dump(manifest, file)
             file.flush()
             os.fsync(file.fileno())
+        replace_folder(beside, final)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
     for other, path in list(steps(folder)):
         if other not in keep | {step}:
             shutil.rmtree(path, ignore_errors=True)
@@ -127,14 +130,22 @@ def read_values(path: Path) -> dict[str, Any]:
 
     Raises `KinvecError` naming the damaged file.
     """
-    manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-    for name, checksum in manifest["files"].items():
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        files, values = manifest["files"], manifest["values"]
+    except (ValueError, TypeError, KeyError):
+        raise _damaged(path, MANIFEST) from None
+    for name, checksum in files.items():
         if not (path / name).is_file() or _checksum(path / name) != checksum:
-            raise KinvecError(
-                f"{path / name}: the checkpoint is damaged (its checksum differs); delete the folder {path} to go on "
-                "from the one before, or use --force to start afresh"
-            )
-    return manifest["values"]
+            raise _damaged(path, name)
+    return values
+
+
+def _damaged(path: Path, name: str) -> KinvecError:
+    return KinvecError(
+        f"{path / name}: the checkpoint is damaged; delete the folder {path} to go on from the one before, "
+        "or use --force to start afresh"
+    )
 
 
 def names(path: Path) -> set[str]:
