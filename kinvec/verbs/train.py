@@ -74,15 +74,16 @@ def show(summary: dict[str, Any]) -> None:
     console = Console()
     for result in summary["results"]:
         title = f"{result['task']}: {result['queries']} test queries"
-        table = Table(title=title, title_justify="left")
+        console.print(title, highlight=False)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in ("metric", "BM25", "base", "tuned", "difference", "95 % interval", "p"):
-            table.add_column(column, justify="left" if column == "metric" else "right")
+            table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
         lexical = result["baselines"].get("BM25", {})
         for metric, row in result["metrics"].items():
             table.add_row(
                 metric, f"{lexical[metric]:.4f}" if metric in lexical else "",
                 f"{row['base']:.4f}", f"{row['tuned']:.4f}",
-                f"{row['difference']:+.4f}", f"{row['low']:+.4f} to {row['high']:+.4f}", f"{row['p']:.4f}",
+                f"{row['difference']:+.4f}", f"{row['low']:+.4f}, {row['high']:+.4f}", f"{row['p']:.4f}",
             )  # fmt: skip
         console.print(table)
     training = summary["training"]
