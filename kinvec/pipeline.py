@@ -65,6 +65,7 @@ def run(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     if recipe.evaluate:
         evaluate_into(folder / "results" / "base", embedder, data.test)
     trained = _train(recipe, folder, embedder, objective, data)
+    embedder.name = str(folder / "model")
     if recipe.evaluate:
         evaluate_into(folder / "results" / "tuned", embedder, data.test)
     summary = _finish(recipe, folder, embedder, data, trained)
