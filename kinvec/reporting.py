@@ -116,11 +116,13 @@ def _task(base: Result, tuned: Result | None) -> dict[str, Any]:
             "tuned": _with_interval(name, tuned) if tuned else None,
             "difference": differences.get(name),
             "bm25": bm25.get(name),
+            "drawn": not name.startswith("P@"),  # bounded by relevant documents / k, far below the others' scale
         }
         for name in _ordered(base.metrics)
     ]
-    shown = [row[side] for row in rows for side in ("base", "tuned") if row[side]]
-    ends = [end for value in shown for end in (value["low"], value["high"])] + [r["bm25"] for r in rows if r["bm25"]]
+    drawn = [row for row in rows if row["drawn"]] or rows
+    shown = [row[side] for row in drawn for side in ("base", "tuned") if row[side]]
+    ends = [end for value in shown for end in (value["low"], value["high"])] + [r["bm25"] for r in drawn if r["bm25"]]
     return {
         "name": base.task,
         "kind": base.kind,
@@ -335,7 +337,7 @@ def axis(
     Ends are round numbers, or with `tight` the values' own. Ticks are 1, 2, 2.5 or 5 times a power of ten apart.
     """
     first, last = (min(values), max(values)) if len(values) else (0.0, 1.0)
-    span = (last - first) or abs(first) or 1.0
+    span = (last - first) or abs(first) / 10 or 1.0
     rough = span / ticks
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * (1 - 1e-9))
