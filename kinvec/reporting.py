@@ -343,7 +343,7 @@ def axis(
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * (1 - 1e-9))
     start, end = math.floor(first / step) * step, math.ceil(last / step) * step
     if end <= start:
-        end = start + step
+        start, end = (start, start + step) if start + step <= high else (start - step, start)
     marks = [round(start + i * step, 12) for i in range(round((end - start) / step) + 1)]
     if tight and last > first:
         start, end = first, last

@@ -177,6 +177,8 @@ def test_an_axis_shows_all_values_between_round_ticks() -> None:
     assert axis([0.9, 1.0], high=1.0).high == 1.0
     assert axis([]).high > axis([]).low
     assert axis([3.0, 3.0]).high > axis([3.0, 3.0]).low
+    perfect = axis([1.0, 1.0], high=1.0)  # every query answered before and after
+    assert perfect.low < perfect.high == 1.0
     tight = axis([0.0, 130.0], tight=True)
     assert (tight.low, tight.high, tight.ticks) == (0, 130, [0, 50, 100])
 
