@@ -92,26 +92,35 @@ def _my_data(folder: Path) -> None:
         (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
 
 
-def _readme_blocks() -> list[tuple[str, str]]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def _blocks(page: str) -> list[tuple[str, str]]:
+    """(language, text) of every fenced block, on the test's own data and model."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for shown, ours in ((HUB_NAME, MINILM), ("=MODEL", f"={MINILM}"), (" MODEL", f" {MINILM}"), ("DATA", "my-data")):
+        text = text.replace(shown, ours)
     return re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def test_the_readme_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kinvec command of the README, and its Python, in their order, on small data."""
+def _run(page: str, folder: Path) -> set[str]:
+    """Run the page's kinvec commands, then its Python; returns the verbs."""
+    commands = [shlex.split(line) for _, block in _blocks(page) for line in block.splitlines() if line[:7] == "kinvec "]
+    for _, *arguments in commands:
+        with pytest.raises(SystemExit) as ended:
+            cli.run_verb(arguments)
+        assert ended.value.code == 0, arguments
+        for recipe in folder.glob("*.yaml"):
+            recipe.write_text(recipe.read_text().replace(HUB_NAME, MINILM))
+    for program in (block for language, block in _blocks(page) if language == "python"):
+        exec(program, {})
+    return {verb for _, verb, *_ in commands}
+
+
+def test_the_pages_do_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kinvec command and each Python program of the README and of the pages, in their order, on small data."""
     _my_data(tmp_path / "my-data")
     monkeypatch.chdir(tmp_path)
-    commands = [line for _, block in _readme_blocks() for line in block.splitlines() if line.startswith("kinvec ")]
-    assert {shlex.split(line)[1] for line in commands} == {"check", "evaluate", "train", "compare", "init"}
-    for line in commands:
-        with pytest.raises(SystemExit) as ended:
-            cli.run_verb(shlex.split(line.replace(HUB_NAME, MINILM))[1:])
-        assert ended.value.code == 0, line
-        for recipe in tmp_path.glob("*.yaml"):
-            recipe.write_text(recipe.read_text().replace(HUB_NAME, MINILM))
+    assert _run("README.md", tmp_path) == {"check", "evaluate", "train", "compare", "init"}
     for run in ("runs/mine", "runs/my-recipe"):
         assert (tmp_path / run / "report.html").is_file()
-    for program in (block for language, block in _readme_blocks() if language == "python"):
-        names: dict[str, object] = {}
-        exec(program, names)
-        assert names["vectors"].shape == (1, 384)
+    assert _run("docs/training.md", tmp_path) == {"train"}
+    assert _run("docs/evaluation.md", tmp_path) == {"evaluate", "compare", "embed"}
+    assert _run("docs/model-folder.md", tmp_path) == set()
