@@ -25,7 +25,15 @@ from kinvec.config import differences, dump
 from kinvec.console import say
 from kinvec.contracts import KinvecError, RetrievalData
 from kinvec.embedder import Embedder, Normalize, open_folder
-from kinvec.files import Table, open_data, open_retrieval, write_json, write_text
+from kinvec.files import (
+    Table,
+    content_fingerprint,
+    open_data,
+    open_retrieval,
+    replace_folder,
+    write_json,
+    write_text,
+)
 from kinvec.objectives import make_objective
 from kinvec.recipe import Recipe
 from kinvec.sampling import as_retrieval, hold_out, pair_source
@@ -165,26 +173,32 @@ def claim_folder(recipe: Recipe, data: RunData, embedder: Embedder, force: bool)
     Raises `KinvecError` for a folder that is not ours, and for one of a run with other settings, naming them.
     """
     folder = Path(recipe.out)
-    identity = {
+    identity: dict[str, Any] = {
         "format": 1,
         "settings": _identity(recipe),
         "inputs": {"model": embedder.fingerprint, "train": data.table.fingerprint}
         | {name: part.fingerprint for name, part in (("dev", data.dev), ("test", data.test)) if part is not None},
     }
+    if ":" in recipe.objective.name:
+        identity["inputs"]["objective"] = content_fingerprint(recipe.objective.name.rpartition(":")[0])
     if folder.exists() and any(folder.iterdir()):
         if not (folder / RUN_FILE).is_file():
             raise KinvecError(f"{folder}: the folder is not empty and not a run of kinvec; choose another out=")
-        if force:
-            shutil.rmtree(folder)
-        else:
+        if not force:
             _same_run(folder, identity)
+            _sweep(folder)
             return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_FILE, identity)
-    write_text(folder / "recipe.yaml", dump(recipe))
-    write_json(folder / "environment.json", environment(embedder))
-    write_json(folder / "data.json", describe_data(data, embedder))
-    return folder
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        write_json(beside / RUN_FILE, identity)
+        write_text(beside / "recipe.yaml", dump(recipe))
+        write_json(beside / "environment.json", environment(embedder))
+        write_json(beside / "data.json", describe_data(data, embedder))
+        return replace_folder(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
@@ -202,9 +216,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
 def _same_run(folder: Path, identity: Mapping[str, Any]) -> None:
     old = json.loads((folder / RUN_FILE).read_text("utf-8"))
     changed = [*differences(old["settings"], identity["settings"])]
-    changed += [
-        f"the {line.split(':')[0]} data or weights differ" for line in differences(old["inputs"], identity["inputs"])
-    ]
+    changed += [f"{line.split(':')[0]}: its content differs" for line in differences(old["inputs"], identity["inputs"])]
     if changed:
         raise KinvecError(
             f"{folder}: holds a run with other settings ({'; '.join(changed[:5])}); "
@@ -213,6 +225,15 @@ def _same_run(folder: Path, identity: Mapping[str, Any]) -> None:
     before = json.loads((folder / "environment.json").read_text("utf-8")).get("threads")
     if before != torch.get_num_threads():
         say(f"warning: begun with {before} threads, continued with {torch.get_num_threads()}: last bits may differ")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process left beside the files it was writing."""
+    for path in list(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def environment(embedder: Embedder) -> dict[str, Any]:
@@ -289,6 +310,7 @@ def _train(recipe: Recipe, folder: Path, embedder: Embedder, objective: Any, dat
     if done.is_file():
         tuned = open_folder(folder / "model")
         embedder.load_state_dict(tuned.state_dict())
+        embedder.lineage = tuned.lineage
         return json.loads(done.read_text("utf-8"))
     torch.manual_seed(recipe.seed)  # adapters draw their start from it
     if recipe.lora.rank:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -242,7 +243,8 @@ def as_retrieval(table: Table, examples: Int[np.ndarray, " E"], distractors: int
             break
         documents.setdefault(doc, text)
     corpus = Corpus(list(documents), list(documents.values()))
-    return RetrievalData(corpus, queries, qrels, f"{table.fingerprint}-{name}-{distractors}", table.source, name)
+    fingerprint = f"{table.fingerprint}-{name}-{distractors}"
+    return RetrievalData(corpus, queries, qrels, fingerprint, name=Path(table.source).stem, split=name)
 
 
 def _documents(table: Table, rows: Int[np.ndarray, " E"], name: str) -> Iterator[tuple[str, str]]:

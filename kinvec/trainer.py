@@ -37,6 +37,8 @@ from kinvec.planner import CHUNK_TOKENS, chunks_to_keep, memory_budget, saved_by
 from kinvec.sampling import PairBatch, PairSource
 from kinvec.tracking import open_trackers
 
+SMALLEST_CHUNK = 64  # tokens; out of memory below it, halving will not help
+
 
 class TrainerSettings(Settings):
     """The loop: how long, how fast, how often."""
@@ -45,7 +47,7 @@ class TrainerSettings(Settings):
     """Queries that compete in a step, over all ranks. Memory does not limit it: see memory_budget."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the training pairs; max_steps overrides it."""
-    max_steps: int | None = None
+    max_steps: int | None = Field(None, ge=1)
     """Stop after this many steps."""
     lr: float = Field(2e-5, gt=0)
     """Peak learning rate."""
@@ -129,10 +131,11 @@ def fit(
             log.flush()
             for track in trackers:
                 track(row)
-            if due or state.step % settings.save_every == 0 or state.step == total or stopped():
+            stop = stopped()  # asked once: a signal that comes while this is saved waits for the next step
+            if due or state.step % settings.save_every == 0 or state.step == total or stop:
                 _save(run, embedder, optimizer, state, settings)
             bar.advance(1, _note(row))
-            if stopped():
+            if stop:
                 raise KeyboardInterrupt
     if evaluate and state.best_step and state.best_step != state.step:
         _restore_best(run, embedder, state)
@@ -189,27 +192,35 @@ def _step(
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
-            loss, lengths = _gradients(embedder, objective, batch, state.chunk_tokens, plan)
+            # Whichever graphs are kept, the bits are the same: the budget may follow the halvings.
+            budget = plan[1] >> len(state.halvings)
+            loss, lengths = _gradients(embedder, objective, batch, state.chunk_tokens, (plan[0], budget))
             break
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error) or state.chunk_tokens < 64:
+            if not _out_of_memory(error):
                 raise
+            if state.chunk_tokens < SMALLEST_CHUNK:
+                raise KinvecError(
+                    f"out of memory at step {state.step + 1} even in chunks of {state.chunk_tokens} tokens; lower "
+                    "data.max_length or trainer.batch_size, or close other programs"
+                ) from error
         torch.set_rng_state(random_state)
         state.chunk_tokens //= 2
         state.halvings.append({"step": state.step + 1, "chunk_tokens": state.chunk_tokens})
         say(f"out of memory at step {state.step + 1}: going on with chunks of {state.chunk_tokens:,} tokens")
-    if not math.isfinite(loss):
+    weights = [parameter for _, parameter in trainable(embedder)]
+    norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.clip or math.inf))
+    if not math.isfinite(loss) or not math.isfinite(norm):
         ids = ", ".join(batch.query_ids[:8])
         raise KinvecError(
-            f"the loss is {loss} at step {state.step + 1} (queries {ids}, …); lower trainer.lr or raise the temperature"
+            f"the loss is {loss} and its gradient's norm {norm} at step {state.step + 1} (queries {ids}, …); "
+            "lower trainer.lr or raise objective.temperature"
         )
-    weights = [parameter for _, parameter in trainable(embedder)]
-    norm = torch.nn.utils.clip_grad_norm_(weights, settings.clip or math.inf)
     optimizer.step()
     tokens = int(lengths.sum())
     padded = float(lengths.max()) * len(lengths)
     return {
-        "loss": loss, "lr": rate, "grad_norm": float(norm), "tokens": tokens, "pairs": len(batch.queries),
+        "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "pairs": len(batch.queries),
         "padding_share": 0.0 if embedder.backbone.packs else round(1 - tokens / padded, 4),
     }  # fmt: skip
 
