@@ -29,6 +29,9 @@ EPILOGUE = """\
 Exit codes: 0 done, 1 the data, the model or the machine is wrong, 2 the arguments or the recipe, 3 a gate is broken."""
 
 
+INTERRUPTED = 130
+
+
 def overview() -> str:
     """What `kinvec --help` prints."""
     rows = "\n".join(f"  {name:<9} {text}" for name, text in VERBS.items())
@@ -62,7 +65,12 @@ def run_verb(argv: list[str]) -> int:
         hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(VERBS)}."
         print(f"error: there is no verb '{verb}'; {hint}", file=sys.stderr)
         return 2
-    load_verb(verb)(args=argv[1:], prog_name=f"kinvec {verb}", standalone_mode=True)
+    try:
+        load_verb(verb)(args=argv[1:], prog_name=f"kinvec {verb}", standalone_mode=True)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # typer's word for Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
     return 0
 
 
@@ -79,7 +87,7 @@ def main() -> None:
         code = getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         print("stopped; the same command continues where it was.", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
