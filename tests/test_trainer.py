@@ -1,0 +1,594 @@
+"""Training: follows the peer's loss, resumes to the bit after any kill, and does what the recipe says."""
+
+from __future__ import annotations
+
+import argparse
+import decimal
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import random
+import shutil
+import signal
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import command_line
+import numpy as np
+import pytest
+import torch
+from conftest import MINILM
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from tiny_models import save_plain
+from torch import Tensor
+
+import kinvec
+import kinvec.trainer
+from kinvec import Embedder, checkpoint
+from kinvec.backbone import find_model
+from kinvec.contracts import KinvecError
+from kinvec.embedder import open_folder
+from kinvec.files import open_data
+from kinvec.objectives import Objective, ObjectiveSettings, make_objective
+from kinvec.sampling import DataSettings, PairSource, pair_source
+from kinvec.trainer import TrainerSettings, fit, learning_rate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def source_of(path: Path, **changes: Any) -> PairSource:
+    table = open_data(path)
+    return pair_source(table, np.arange(len(table)), DataSettings(**changes), seed=0)
+
+
+def contrastive(**changes: Any) -> Objective:
+    return make_objective(ObjectiveSettings(**changes))
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(embedder: Embedder) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in embedder.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---- the peer ----
+
+
+def short_real_texts(count: int) -> list[dict[str, str]]:
+    """(first line, rest) of docstrings of Python's own library."""
+    found: dict[str, str] = {}  # document → query, so that both are there once
+    for home in (
+        argparse,
+        decimal.Decimal,
+        json,
+        logging,
+        math,
+        os,
+        pathlib.Path,
+        random.Random,
+        shutil,
+        statistics,
+        str,
+    ):
+        for _, thing in sorted(vars(home).items()):
+            text = getattr(thing, "__doc__", None)
+            first, _, rest = text.strip().partition("\n") if isinstance(text, str) else ("", "", "")
+            if len(first) > 20 and len(rest.split()) > 5 and first not in found.values():
+                found.setdefault(" ".join(rest.split()), first)
+    assert len(found) >= count
+    return [{"query": query, "pos_doc": document} for document, query in list(found.items())[:count]]
+
+
+@pytest.mark.slow
+def test_our_loss_follows_sentence_transformers_for_thirty_steps(tmp_path: Path) -> None:
+    """Real weights, float32, no dropout, the same batches, AdamW with linear warm-up and decay."""
+    from transformers import get_linear_schedule_with_warmup
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    steps, size, rate, warmup, length = 30, 8, 5e-5, 5, 16
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short_real_texts(120)))
+    source = source_of(tmp_path / "pairs.jsonl")
+    torch.manual_seed(0)
+    peer = SentenceTransformer(find_model(MINILM), device="cpu")
+    peer.max_seq_length = length
+    for module in peer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    decayed = [name for name in get_parameter_names(peer, [torch.nn.LayerNorm]) if "bias" not in name]
+    named = [(name, p) for name, p in peer.named_parameters() if "pooler" not in name]
+    groups = [
+        {"params": [p for name, p in named if name in decayed], "weight_decay": 0.01},
+        {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+    loss, theirs = MultipleNegativesRankingLoss(peer, scale=20.0), []
+    peer.train()
+    for step in range(steps):
+        batch = source.batch(step, size)
+        assert not batch.excluded.any()  # the peer masks nothing
+        value = loss([peer.preprocess(batch.queries), peer.preprocess(batch.documents)], None)
+        theirs.append(value.item())
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    settings = TrainerSettings(
+        batch_size=size, max_steps=steps, lr=rate, warmup=warmup, dropout=0.0, weight_decay=0.01, clip=1.0
+    )
+    fit(open_folder(MINILM, length), contrastive(temperature=0.05), source, settings, tmp_path)
+    ours = [row["loss"] for row in log_of(tmp_path)]
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-3
+    assert min(theirs) < 0.6 * theirs[0]  # something was learnt on the way
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 20), (5, 37), (0.1, 37), (0.25, 8)])
+def test_the_learning_rate_is_that_of_transformers(name: Any, warmup: float, total: int) -> None:
+    import transformers
+
+    warm = math.ceil(warmup * total) if warmup < 1 else int(warmup)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    if name == "constant":
+        schedule = transformers.get_constant_schedule_with_warmup(optimizer, warm)
+    else:
+        schedule = getattr(transformers, f"get_{name}_schedule_with_warmup")(optimizer, warm, total)
+    settings = TrainerSettings(lr=3e-4, warmup=warmup, schedule=name)
+    for step in range(total):
+        assert learning_rate(step, total, settings) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+    ends = TrainerSettings(lr=1.0, warmup=warmup, schedule=name, min_lr=0.1)
+    assert learning_rate(total, total, ends) == pytest.approx(1.0 if name == "constant" else 0.1)
+
+
+# ---- the loop, with what it is handed ----
+
+FAST = {"batch_size": 8, "lr": 1e-3, "warmup": 0.0, "schedule": "constant"}
+
+
+def run_fit(
+    folder: Path, model: Path, pairs: Path, evaluate: Any = None, objective: Objective | None = None, **settings: Any
+) -> tuple[Embedder, dict[str, Any]]:
+    """Train the tiny model; the embedder and the summary."""
+    folder.mkdir(exist_ok=True)
+    embedder = open_folder(model)
+    chosen = TrainerSettings(**(FAST | {"max_steps": 6} | settings))
+    found = fit(embedder, objective or contrastive(), source_of(pairs), chosen, folder, evaluate, seed=1)
+    return embedder, found
+
+
+def test_training_learns_and_the_log_says_everything(tmp_path: Path, tiny_folder: Path, tiny_pairs: Path) -> None:
+    embedder, found = run_fit(tmp_path, tiny_folder, tiny_pairs, max_steps=60, lr=3e-3)
+    rows = log_of(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 61)) and found["steps"] == 60
+    first, last = (np.mean([row["loss"] for row in part]) for part in (rows[:8], rows[-8:]))
+    assert last < 0.7 * first
+    for key in ("loss", "lr", "grad_norm", "tokens", "tokens_per_s", "padding_share", "memory_gb", "eta_s", "epoch"):
+        assert all(math.isfinite(row[key]) for row in rows), key
+    assert rows[7]["epoch"] == 1.0 and rows[-1]["eta_s"] == 0.0
+    assert not embedder.encode(["a gene"]).any() == np.nan and found["best_step"] == 60
+
+
+def test_a_padded_architecture_trains_too(tmp_path: Path, tiny_pairs: Path) -> None:
+    save_plain("mpnet", tmp_path / "mpnet", "roberta")
+    _, found = run_fit(tmp_path / "run", tmp_path / "mpnet", tiny_pairs)
+    assert found["steps"] == 6 and all(0 < row["padding_share"] < 1 for row in log_of(tmp_path / "run"))
+
+
+def test_memory_budget_changes_no_bit(tmp_path: Path, tiny_folder: Path, tiny_pairs: Path) -> None:
+    """Chunks of the same tokens, all kept or all recomputed, with dropout."""
+    runs = {}
+    for budget in ("8GiB", "150KB", "1B"):
+        embedder, _ = run_fit(tmp_path / budget, tiny_folder, tiny_pairs, chunk_tokens=64, memory_budget=budget)
+        runs[budget] = weights_of(embedder)
+    assert same(runs["8GiB"], runs["1B"]) and same(runs["8GiB"], runs["150KB"])
+
+
+def test_bf16_autocast_trains_close_to_float32(tmp_path: Path, tiny_folder: Path, tiny_pairs: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        embedder = open_folder(tiny_folder)
+        embedder.precision = precision
+        settings = TrainerSettings(**(FAST | {"max_steps": 3, "dropout": 0.0, "batch_size": 4}))
+        (tmp_path / precision).mkdir()
+        fit(embedder, contrastive(), source_of(tiny_pairs), settings, tmp_path / precision, seed=1)
+        losses[precision] = [row["loss"] for row in log_of(tmp_path / precision)]
+        assert next(embedder.parameters()).dtype == torch.float32
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.05) and losses["bf16"] != losses["fp32"]
+
+
+def test_dev_evaluation_changes_nothing_in_training(tmp_path: Path, tiny_folder: Path, tiny_pairs: Path) -> None:
+    """An evaluator that encodes, draws numbers and calls every model better, after every step or never."""
+    calls: list[int] = []
+
+    def evaluate(model: Embedder) -> dict[str, float]:
+        calls.append(len(calls))
+        torch.rand(100), model.encode(["gene expression"])
+        return {"nDCG@10": 0.1 + 0.01 * len(calls)}
+
+    often, _ = run_fit(tmp_path / "often", tiny_folder, tiny_pairs, evaluate, eval_every=1)
+    never, found = run_fit(tmp_path / "never", tiny_folder, tiny_pairs, evaluate, eval_every=0)
+    assert len(calls) == 6 and same(weights_of(often), weights_of(never))
+    assert [row["loss"] for row in log_of(tmp_path / "often")] == [row["loss"] for row in log_of(tmp_path / "never")]
+    assert all("dev" in row for row in log_of(tmp_path / "often")) and found["best_score"] is None
+
+
+def test_early_stopping_keeps_the_best_by_dev(tmp_path: Path, tiny_folder: Path, tiny_pairs: Path) -> None:
+    scores = iter([0.1, 0.5, 0.3, 0.5, 0.9, 0.9])  # the fourth is no better than the second
+    seen: dict[int, dict[str, Tensor]] = {}
+
+    def evaluate(model: Embedder) -> dict[str, float]:
+        seen[2 * (len(seen) + 1)] = weights_of(model)
+        return {"nDCG@10": next(scores), "other": 1.0}
+
+    settings: dict[str, Any] = {"max_steps": 40, "eval_every": 2, "early_stop": 2, "save_every": 3, "keep": 1}
+    embedder, found = run_fit(tmp_path, tiny_folder, tiny_pairs, evaluate, **settings)
+    assert (found["steps"], found["best_step"], found["best_score"]) == (8, 4, 0.5)
+    assert same(weights_of(embedder), seen[4]) and not same(seen[4], seen[8])
+    assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [4, 8]
+    again, repeated = run_fit(tmp_path, tiny_folder, tiny_pairs, evaluate, **settings)
+    assert repeated["steps"] == 8 and same(weights_of(again), seen[4])  # a finished training is not trained on
+
+
+def oom_at(calls: set[int]) -> Callable[[Embedder], Callable[..., Tensor]]:
+    """A stand-in for the trainer's embedding call that is out of memory at the given calls."""
+    real, count = kinvec.trainer._embed, iter(range(10**6))
+
+    def make(embedder: Embedder) -> Callable[..., Tensor]:
+        embed = real(embedder)
+
+        def call(texts: Any) -> Tensor:
+            if next(count) in calls:
+                raise torch.OutOfMemoryError("out of memory. Tried to allocate 2.00 GiB")
+            return embed(texts)
+
+        return call
+
+    return make
+
+
+@pytest.mark.parametrize("budget", ["8GiB", "1B"])
+def test_out_of_memory_halves_the_chunk_and_goes_on(
+    tmp_path: Path, tiny_folder: Path, tiny_pairs: Path, monkeypatch: pytest.MonkeyPatch, budget: str
+) -> None:
+    settings: dict[str, Any] = {"chunk_tokens": 256, "dropout": 0.0, "memory_budget": budget, "max_steps": 4}
+    calm, whole = run_fit(tmp_path / "calm", tiny_folder, tiny_pairs, **settings)
+    monkeypatch.setattr(kinvec.trainer, "_embed", oom_at({4, 5}))
+    tight, found = run_fit(tmp_path / "tight", tiny_folder, tiny_pairs, **settings)
+    assert whole["halvings"] == [] and [h["chunk_tokens"] for h in found["halvings"]] == [128, 64]
+    losses, expected = ([row["loss"] for row in log_of(tmp_path / name)] for name in ("tight", "calm"))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for key, value in weights_of(calm).items():
+        torch.testing.assert_close(weights_of(tight)[key], value, atol=1e-4, rtol=0)
+    newest = checkpoint.latest(tmp_path / "tight" / "checkpoints")
+    assert newest and checkpoint.read_values(newest)["chunk_tokens"] == 64  # the plan is part of the checkpoint
+
+
+def test_out_of_memory_replays_the_same_dropout(
+    tmp_path: Path, tiny_folder: Path, tiny_pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chunks of the second attempt are those of a run that began with them: equal from that step on."""
+    small, _ = run_fit(tmp_path / "small", tiny_folder, tiny_pairs, chunk_tokens=64, max_steps=2)
+    monkeypatch.setattr(kinvec.trainer, "_embed", oom_at({3}))
+    tight, found = run_fit(tmp_path / "tight", tiny_folder, tiny_pairs, chunk_tokens=128, max_steps=2)
+    assert found["halvings"] == [{"step": 1, "chunk_tokens": 64}]
+    assert same(weights_of(small), weights_of(tight))
+
+
+def test_out_of_memory_for_good_is_one_clear_sentence(
+    tmp_path: Path, tiny_folder: Path, tiny_pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kinvec.trainer, "_embed", oom_at(set(range(1, 10**5))))
+    with pytest.raises(
+        KinvecError, match=r"out of memory at step 1 even in chunks of \d\d tokens; lower data\.max_length"
+    ):
+        run_fit(tmp_path, tiny_folder, tiny_pairs)
+
+
+@pytest.mark.parametrize(("factor", "what"), [(math.nan, "loss is nan"), (math.inf, "loss is inf")])
+def test_a_loss_that_is_no_number_stops_and_poisons_no_checkpoint(
+    tmp_path: Path, tiny_folder: Path, tiny_pairs: Path, factor: float, what: str
+) -> None:
+    real, count = contrastive(), iter(range(100))
+
+    def loss(queries: Tensor, documents: Tensor, batch: Any) -> Tensor:
+        return real.loss(queries, documents, batch) * (factor if next(count) == 3 else 1.0)
+
+    with pytest.raises(KinvecError, match=rf"{what} .*at step 4 \(queries q\d+, .*lower trainer\.lr"):
+        run_fit(tmp_path, tiny_folder, tiny_pairs, objective=Objective("broken", loss), save_every=1)
+    newest = checkpoint.latest(tmp_path / "checkpoints")
+    assert newest and newest.name == "step-00000003"
+    embedder, found = run_fit(tmp_path, tiny_folder, tiny_pairs, save_every=1)  # mended, it goes on
+    assert found["steps"] == 6 and all(torch.isfinite(value).all() for value in weights_of(embedder).values())
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_is_applied(
+    tmp_path: Path, tiny_folder: Path, tiny_pairs: Path
+) -> None:
+    def loss(queries: Tensor, documents: Tensor, batch: Any) -> Tensor:
+        return (queries.sum() * 0.0).abs().sqrt() + 1.0  # finite, with the derivative 0 · ∞
+
+    with pytest.raises(KinvecError, match=r"loss is 1\.0 and its gradient's norm nan at step 1"):
+        run_fit(tmp_path, tiny_folder, tiny_pairs, objective=Objective("broken", loss))
+
+
+def test_tensorboard_gets_every_step(tmp_path: Path, tiny_folder: Path, tiny_pairs: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_fit(tmp_path, tiny_folder, tiny_pairs, trackers=["tensorboard"])
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([r["loss"] for r in log_of(tmp_path)])
+
+
+def test_a_tracker_that_is_not_installed_is_said(
+    tmp_path: Path, tiny_folder: Path, tiny_pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(KinvecError, match=r"trackio is not installed .*pip install kinvec\[track\]"):
+        run_fit(tmp_path, tiny_folder, tiny_pairs, trackers=["trackio"])
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def arguments(tiny_folder: Path, tiny_pairs: Path) -> list[str]:
+    settings = [f"trainer.{key}={value}" for key, value in FAST.items()]
+    return ["train", f"model={tiny_folder}", f"data.train={tiny_pairs}", "threads=1", "evaluate=false", *settings]
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """The command in this process: exit code, and what it printed."""
+
+    def call(*argv: str) -> tuple[int, str]:
+        from kinvec.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["kinvec", *argv])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out + printed.err
+
+    return call
+
+
+def sha(run: Path) -> str:
+    return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def interrupted(tmp_path: Path, dev: Path, *more: str) -> list[str]:
+    """A training of 60 steps with dropout, dev evaluation and checkpoints at steps that do not coincide."""
+    steps = ["trainer.max_steps=60", "trainer.save_every=7", "trainer.eval_every=9", "trainer.keep=1"]
+    return [f"data.dev={dev}", *steps, *more]
+
+
+@pytest.mark.parametrize("lora", [(), ("lora.rank=2", "lora.dropout=0.1")], ids=["all weights", "lora"])
+def test_killed_at_any_moment_it_ends_with_the_same_weights(
+    tmp_path: Path, arguments: list[str], tiny_pairs: Path, lora: tuple[str, ...]
+) -> None:
+    """SIGKILL while it starts, then again and again while it trains and saves; every step is logged once."""
+    argv = [*arguments, *interrupted(tmp_path, tiny_pairs, *lora)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert command_line.start([*argv, f"out={whole}"], tmp_path / "said-whole").wait() == 0
+    moments, draw = [0, 4, 20, 45], random.Random()
+    for moment in moments:
+        command = command_line.start([*argv, f"out={killed}"], tmp_path / "said")
+        reached = command.wait_for(killed / ("log.jsonl" if moment else "run.json"), max(moment, 1))
+        assert reached, command.said
+        command.process.join(draw.uniform(0, 0.05))
+        assert command.kill() == -signal.SIGKILL
+    last = command_line.start([*argv, f"out={killed}"], tmp_path / "said")
+    assert last.wait() == 0, last.said
+    assert sha(killed) == sha(whole)
+    rows, expected = log_of(killed), log_of(whole)
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    for key in ("loss", "grad_norm", "lr", "tokens", "dev"):
+        assert [row.get(key) for row in rows] == [row.get(key) for row in expected], key
+    assert last.said.count("continuing after step") >= 2
+    leftovers = [path.name for path in killed.iterdir() if path.name.startswith(".")]
+    assert not leftovers
+
+
+def test_sigterm_saves_and_exits_and_the_same_command_goes_on(
+    tmp_path: Path, arguments: list[str], tiny_pairs: Path
+) -> None:
+    argv = [*arguments, *interrupted(tmp_path, tiny_pairs), "trainer.save_every=1000", "trainer.eval_every=0"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    command = command_line.start([*argv, f"out={stopped}"], tmp_path / "said")
+    assert command.wait_for(stopped / "log.jsonl", 5), command.said
+    assert command.kill(signal.SIGTERM) == 130
+    assert "stopped; the same command continues" in command.said and "Traceback" not in command.said
+    done = len(log_of(stopped))
+    assert 5 <= done < 60
+    assert [step for step, _ in checkpoint.steps(stopped / "checkpoints")] == [done]
+    assert command_line.start([*argv, f"out={stopped}"], tmp_path / "said").wait() == 0
+    assert f"continuing after step {done}" in command.said
+    assert command_line.start([*argv, f"out={whole}"], tmp_path / "said-whole").wait() == 0
+    assert sha(stopped) == sha(whole) and [row["step"] for row in log_of(stopped)] == list(range(1, 61))
+
+
+def test_killed_while_it_evaluates_or_finishes_nothing_is_lost(tmp_path: Path, arguments: list[str]) -> None:
+    """At the moment that each of the files of the end appears."""
+    argv = [*arguments, "evaluate=true", "trainer.max_steps=12"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert command_line.start([*argv, f"out={whole}"], tmp_path / "said-whole").wait() == 0
+    for moment in ("results/base/pairs/results.json", "model/model.safetensors", "training.json", "report.html"):
+        command = command_line.start([*argv, f"out={killed}"], tmp_path / "said")
+        if command.wait_for(killed / moment, 0):
+            command.kill()
+    last = command_line.start([*argv, f"out={killed}"], tmp_path / "said")
+    assert last.wait() == 0, last.said
+    assert sha(killed) == sha(whole)
+    names = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (whole, killed)]
+    assert names[0] == names[1]
+    first, second = (json.loads((run / "summary.json").read_text())["results"] for run in (whole, killed))
+    assert first == second and first[0]["task"] == "pairs"
+    for run in (whole, killed):
+        assert "1. contrastive from" in (run / "model" / "README.md").read_text()
+        assert len(Embedder.load(run / "model").lineage) == 1
+
+
+def test_a_run_that_was_killed_before_it_began_can_be_begun(
+    tmp_path: Path, arguments: list[str], main: Callable[..., tuple[int, str]]
+) -> None:
+    """What a kill while the folder is made leaves behind: only the folder beside."""
+    beside = tmp_path / ".run.tmp"
+    beside.mkdir()
+    (beside / "run.json").write_text("{")
+    code, said = main(*arguments, "trainer.max_steps=2", f"out={tmp_path / 'run'}")
+    assert code == 0, said
+    assert not beside.exists()
+    made = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"run.json", "recipe.yaml", "environment.json", "data.json", "log.jsonl", "model", "checkpoints"} <= made
+
+
+def test_finished_other_settings_other_data_and_force(
+    tmp_path: Path, arguments: list[str], tiny_pairs: Path, main: Callable[..., tuple[int, str]]
+) -> None:
+    out = f"out={tmp_path / 'run'}"
+    argv = [*arguments, "trainer.max_steps=4", out]
+    assert main(*argv)[0] == 0
+    before = sha(tmp_path / "run")
+
+    code, said = main(*argv)
+    assert code == 0 and "this run is finished; --force starts it afresh" in said
+
+    code, said = main(*argv, "trainer.lr=0.002", "data.negatives_per_query=1")
+    assert code == 1 and "trainer.lr: 0.001 → 0.002" in said and "data.negatives_per_query: 4 → 1" in said
+    assert "--force" in said and "Traceback" not in said
+
+    moved = tmp_path / "moved.jsonl"  # inputs are recognised by content, not by path
+    moved.write_bytes(tiny_pairs.read_bytes())
+    assert "this run is finished" in main(*argv, f"data.train={moved}")[1]
+    moved.write_bytes(tiny_pairs.read_bytes() + b'{"query": "one more", "pos_doc": "document"}\n')
+    code, said = main(*argv, f"data.train={moved}")
+    assert code == 1 and "train: its content differs" in said
+    assert sha(tmp_path / "run") == before
+
+    code, said = main(*argv, "trainer.lr=0.002", "--force")
+    assert code == 0 and sha(tmp_path / "run") != before
+    assert [row["step"] for row in log_of(tmp_path / "run")] == [1, 2, 3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moved.jsonl", "run"]
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_a_folder_that_is_not_ours_is_never_touched(
+    tmp_path: Path, arguments: list[str], main: Callable[..., tuple[int, str]], force: tuple[str, ...]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    code, said = main(*arguments, f"out={tmp_path}", *force)
+    assert code == 1 and "not a run of kinvec; choose another out=" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_damaged_checkpoint_is_named(
+    tmp_path: Path, arguments: list[str], main: Callable[..., tuple[int, str]]
+) -> None:
+    argv = [*arguments, "trainer.max_steps=4", f"out={tmp_path / 'run'}"]
+    assert main(*argv)[0] == 0
+    for name in ("summary.json", "training.json"):
+        (tmp_path / "run" / name).unlink()
+    file = tmp_path / "run" / "checkpoints" / "step-00000004" / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    code, said = main(*argv)
+    assert code == 1 and "__0_0.distcp: the checkpoint is damaged" in said and "Traceback" not in said
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_lora_run_keeps_its_adapter_and_merges_it(
+    tmp_path: Path, arguments: list[str], tiny_folder: Path, main: Callable[..., tuple[int, str]]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    run = tmp_path / "run"
+    code, said = main(*arguments, "lora.rank=4", "trainer.max_steps=8", "trainer.lr=0.02", f"out={run}")
+    assert code == 0, said
+    base = AutoModel.from_pretrained(tiny_folder)
+    start = {key: value.clone() for key, value in base.state_dict().items()}
+    adapted = PeftModel.from_pretrained(base, str(run / "adapter")).merge_and_unload()
+    merged = load_file(run / "model" / "model.safetensors")
+    moved = 0.0
+    for key, value in adapted.state_dict().items():
+        if key in merged:
+            torch.testing.assert_close(merged[key], value, atol=1e-5, rtol=0)
+            moved = max(moved, float((merged[key] - start[key]).abs().max()))
+    assert moved > 1e-2
+    frozen = [key for key in merged if "embeddings.weight" in key or "LayerNorm" in key]
+    assert len(frozen) > 4 and all(torch.equal(merged[key], start[key]) for key in frozen)
+    said_by_adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert said_by_adapter["r"] == 4 and said_by_adapter["base_model_name_or_path"]
+    texts = ["gene expression", "insulin and glucose in the blood", ""]
+    peer = SentenceTransformer(str(run / "model"), device="cpu").encode(texts)
+    ours = Embedder.load(run / "model", precision="fp32").encode(texts)
+    assert (peer * ours).sum(1).min() > 0.99999
+
+
+def test_a_users_own_objective_and_a_change_of_it(
+    tmp_path: Path, arguments: list[str], main: Callable[..., tuple[int, str]]
+) -> None:
+    file = tmp_path / "my_file.py"
+    text = "def my_loss(q, d, batch):\n    return (q - d[batch.targets]).pow(2).sum(1).mean()\n"
+    file.write_text(text)
+    argv = [*arguments, f"objective.name={file}:my_loss", "trainer.max_steps=20", f"out={tmp_path / 'run'}"]
+    code, said = main(*argv)
+    assert code == 0, said
+    losses = [row["loss"] for row in log_of(tmp_path / "run")]
+    assert 0 < losses[-1] < 0.5 * losses[0] < 2
+    file.write_text(text.replace("pow(2)", "abs()"))
+    code, said = main(*argv)
+    assert code == 1 and "objective: its content differs" in said
+
+
+def test_prompts_of_the_recipe_train_and_stay_with_the_model(
+    tmp_path: Path, arguments: list[str], main: Callable[..., tuple[int, str]]
+) -> None:
+    prompts = ["prompts={query: 'cell blood ', document: 'human gene '}", "pool_prompt=false"]
+    runs = {}
+    for name, more in (("with", prompts), ("without", [])):
+        code, said = main(*arguments, *more, "trainer.max_steps=2", f"out={tmp_path / name}")
+        assert code == 0, said
+        runs[name] = log_of(tmp_path / name)
+    assert runs["with"][0]["tokens"] == runs["without"][0]["tokens"] + 2 * 8 * 3
+    tuned = Embedder.load(tmp_path / "with" / "model", precision="fp32")
+    assert tuned.prompts == {"query": "cell blood ", "document": "human gene "} and not tuned.include_prompt
+    peer = SentenceTransformer(str(tmp_path / "with" / "model"), device="cpu").encode_query(["a drug"])
+    assert float((peer * tuned.encode_queries(["a drug"])).sum()) > 0.99999
+    assert "human gene" in (tmp_path / "with" / "model" / "README.md").read_text()
+
+
+def test_the_python_function_returns_what_the_command_prints(
+    tmp_path: Path, arguments: list[str], main: Callable[..., tuple[int, str]]
+) -> None:
+    argv = [*arguments, "evaluate=true", "trainer.max_steps=4", f"out={tmp_path / 'run'}"]
+    summary = kinvec.train(None, argv[1:])
+    code, said = main(*argv, "--json")
+    assert code == 0 and json.loads(said[said.index("{") : said.rindex("}") + 1]) == summary
+    for metric in summary["results"][0]["metrics"].values():
+        assert metric["low"] <= metric["difference"] <= metric["high"]
+    assert summary["results"][0]["baselines"]["BM25"]["nDCG@10"] > 0
+    assert Path(summary["report"]).is_file() and Path(summary["model"]).is_dir()
