@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kinvec import docstrings, files
 from kinvec.contracts import KinvecError
 from kinvec.docstrings import Pair, collect, distinct, pairs_in, split, split_docstring, write_beir
+from kinvec.recipe import load_recipe
 from kinvec.verbs import demo as verb
 
 LENGTHS = {40: (14.0, 58.0), 60: (14.0, 85.0), 90: (14.0, 120.0), 140: (14.0, 170.0)}
@@ -121,6 +122,13 @@ def test_the_size_grows_with_time_and_speed_and_fits(
         assert larger.train >= min(size.train, verb.ENOUGH_PAIRS)
 
 
+def test_what_a_run_costs_is_reckoned_by_the_recipe_that_is_shipped() -> None:
+    recipe = load_recipe("demo", ["out=o", "data.train=d"])
+    assert (recipe.data.holdout, recipe.data.distractors) == (verb.HOLDOUT, verb.DISTRACTORS)
+    assert (recipe.trainer.batch_size, recipe.trainer.epochs) == (verb.BATCH_SIZE, 1)
+    assert recipe.model == f"pkg:{verb.MODEL_PACKAGE}"
+
+
 def test_a_fast_machine_gets_long_documents_and_a_slow_one_many_pairs() -> None:
     slow = verb.size_problem(190.0, verb.Speed(4500.0, 1300.0), LENGTHS, (8400, 3600))
     fast = verb.size_problem(190.0, verb.Speed(400_000.0, 90_000.0), LENGTHS, (8400, 3600))
@@ -152,6 +160,8 @@ def test_the_whole_path_on_a_small_problem(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(KinvecError, match="is a file"):
+        verb.demo(tmp_path / "thesis.txt")
     with pytest.raises(KinvecError, match="thesis.txt"):
         verb.demo(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]

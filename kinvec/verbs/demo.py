@@ -26,10 +26,11 @@ ENOUGH_PAIRS = 4000  # before longer documents are worth more than more pairs
 TEST_QUERIES = (300, 1500)  # fewest and most; between them a third of the training pairs
 FEWEST_PAIRS = 200
 DEV_EVALUATIONS = 3
+HOLDOUT, DISTRACTORS, BATCH_SIZE = 0.1, 200, 32  # as recipes/demo.yaml has them: they decide what a run costs
 FIXED_SECONDS = 12.0  # opening the model, BM25, the bootstraps, the report
+CAUTION = 0.9  # of the time is planned: no machine keeps its speed
 SHOWN = 3  # wins, and losses
 METRICS = 4  # the first ones; the report has all
-CAUTION = 0.9  # of the time is planned: no machine keeps its speed
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def demo(
     chosen = None if force else _chosen(folder / "data")
     if chosen is None:
         chosen = _build(folder, minutes, machine, begun)
-    steps = -(-round(0.9 * chosen["size"]["train"]) // 32)
+    steps = round((1 - HOLDOUT) * chosen["size"]["train"]) // BATCH_SIZE
     settings = [
         f"out={folder / 'run'}",
         f"data.train={folder / 'data' / PROBLEM}",
@@ -89,7 +90,9 @@ def demo(
 def _refuse_foreign(folder: Path) -> None:
     from kinvec.contracts import KinvecError
 
-    if folder.is_dir():
+    if folder.exists() and not folder.is_dir():
+        raise KinvecError(f"{folder} is a file; choose another --out")
+    if folder.exists():
         foreign = [p.name for p in folder.iterdir() if p.name not in ("data", "run") and p.suffix != ".tmp"]
         if (folder / "data").exists() and _chosen(folder / "data") is None:
             foreign.append("data")
@@ -158,6 +161,7 @@ def measure(embedder: Embedder, pairs: Sequence[Pair], seconds: float = 2.0) -> 
     mixed = torch.autocast(embedder.device.type, torch.bfloat16, enabled=embedder.precision == "bf16")
 
     def forward_backward() -> None:
+        embedder.zero_grad(set_to_none=True)
         with mixed:
             vectors = embedder(batch)
         (vectors @ vectors.T).logsumexp(dim=1).mean().backward()
@@ -213,12 +217,12 @@ def size_problem(
 
 
 def run_seconds(train: int, test: int, lengths: tuple[float, float], speed: Speed) -> float:
-    """How long a run takes: base and tuned evaluated on all documents, dev on its own, a pass over nine tenths."""
+    """How long a run takes: base and tuned evaluated on all documents, dev on its own, one pass over what is left."""
     query, document = lengths
-    dev = train / 10
+    dev = HOLDOUT * train
     encoded = 2 * ((train + test) * document + test * query)
-    encoded += DEV_EVALUATIONS * ((dev + 200) * document + dev * query)
-    return encoded / speed.encode + 0.9 * train * (query + document) / speed.train
+    encoded += DEV_EVALUATIONS * ((dev + DISTRACTORS) * document + dev * query)
+    return encoded / speed.encode + (train - dev) * (query + document) / speed.train
 
 
 # --- What is told ---------------------------------------------------------------------------------------------------
