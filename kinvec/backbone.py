@@ -23,6 +23,7 @@ from kinvec.attention import fuse_projections, install, packed
 from kinvec.batching import Pack, Tokens, pack
 from kinvec.config import Settings
 from kinvec.contracts import KinvecError
+from kinvec.files import saying_full
 
 POSITIONS_AFTER_PADDING = {  # families whose first position is the padding index + 1 (RoBERTa's convention)
     "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod", "esm",
@@ -221,7 +222,9 @@ def merge_lora(backbone: Backbone, adapter: Path | None = None) -> None:
     if not hasattr(backbone.model, "merge_and_unload"):
         return
     if adapter is not None:
-        backbone.model.save_pretrained(adapter)  # type: ignore[operator]
+        adapter.mkdir(parents=True, exist_ok=True)
+        with saying_full(adapter, sum(parameter.nbytes for _, parameter in trainable(backbone))):
+            backbone.model.save_pretrained(adapter)  # type: ignore[operator]
     backbone.model = backbone.model.merge_and_unload()  # type: ignore[operator]
 
 

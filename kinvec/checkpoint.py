@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from kinvec.contracts import KinvecError
-from kinvec.files import replace_folder
+from kinvec.files import replace_folder, saying_full
 
 MANIFEST = "manifest.json"
 
@@ -91,8 +91,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        with _one_process():
-            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(beside), no_dist=True)
+        _write_tensors(beside, tensors)
         checksums = {path.name: _checksum(path) for path in sorted(beside.iterdir())}
         manifest = {"format": 1, "step": step, "files": checksums, "values": dict(values)}
         with open(beside / MANIFEST, "w", encoding="utf-8") as file:
@@ -106,6 +105,15 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
     for other, path in list(steps(folder)):
         if other not in keep | {step}:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    with saying_full(folder, sum(tensor.nbytes for tensor in tensors.values())), _one_process():
+        try:
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+        except CheckpointException as error:  # it wraps what the one rank met
+            cause, _ = next(iter(error.failures.values()))
+            raise cause from None
 
 
 def steps(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -24,7 +24,7 @@ from kinvec.backbone import Backbone, fetch, fuse, keep_pages, load_backbone, re
 from kinvec.batching import Pack, Tokens, packs, tokenize
 from kinvec.console import progress as progress_bar
 from kinvec.contracts import KinvecError
-from kinvec.files import replace_folder
+from kinvec.files import replace_folder, saying_full
 from kinvec.pooling import POOLINGS, pool
 
 FORMAT = 1
@@ -185,7 +185,8 @@ class Embedder(nn.Module):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         try:
-            write_folder(self, beside)
+            with saying_full(beside, sum(value.nbytes for value in self.state_dict().values())):
+                write_folder(self, beside)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from kinvec import checkpoint
@@ -33,7 +33,7 @@ from kinvec.contracts import KinvecError
 from kinvec.embedder import Embedder
 from kinvec.gradcache import backward
 from kinvec.objectives import Objective
-from kinvec.planner import CHUNK_TOKENS, chunks_to_keep, memory_budget, saved_bytes_per_token
+from kinvec.planner import CHUNK_TOKENS, chunks_to_keep, memory_budget, parse_bytes, saved_bytes_per_token
 from kinvec.sampling import PairBatch, PairSource
 from kinvec.tracking import open_trackers
 
@@ -77,6 +77,13 @@ class TrainerSettings(Settings):
     """Tokens that go through the model at once."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Experiment trackers to log to, besides log.jsonl (install the extra `track`)."""
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _is_an_amount(cls, value: str) -> str:
+        if value != "auto":
+            parse_bytes(value)
+        return value
 
 
 @dataclass

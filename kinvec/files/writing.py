@@ -5,10 +5,12 @@ A file is written beside its place, flushed to the disk and renamed; whoever rea
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,20 @@ def replace_folder(tmp: str | Path, final: str | Path) -> Path:
 def beside_path(path: Path) -> Path:
     """Where a file or folder is built before it is renamed to `path`; one place a process, on the same disk."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def saying_full(folder: str | Path, size: int) -> Iterator[None]:
+    """Turn what a library raises inside into the `OSError` of a full disk, where fewer than `size` bytes are free.
+
+    torch and safetensors have error types of their own for a write that fails.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or shutil.disk_usage(folder).free >= size:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def content_fingerprint(source: str | Path | bytes) -> str:
