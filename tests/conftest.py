@@ -6,7 +6,8 @@ import importlib.util
 import json
 import os
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,23 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             row = {"query_id": f"q{number}", "query": " ".join(query), "pos_doc": " ".join(positive)}
             file.write(json.dumps(row | {"neg_doc": [" ".join(negative)]}) + "\n")
     return path
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """The command in this process: exit code, and what it printed."""
+
+    def call(*argv: str) -> tuple[int, str]:
+        from kinvec.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["kinvec", *argv])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out + printed.err
+
+    return call
 
 
 @pytest.fixture

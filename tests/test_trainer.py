@@ -357,23 +357,6 @@ def arguments(tiny_folder: Path, tiny_pairs: Path) -> list[str]:
     return ["train", f"model={tiny_folder}", f"data.train={tiny_pairs}", "threads=1", "evaluate=false", *settings]
 
 
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """The command in this process: exit code, and what it printed."""
-
-    def call(*argv: str) -> tuple[int, str]:
-        from kinvec.cli import main
-
-        monkeypatch.setattr(sys, "argv", ["kinvec", *argv])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out + printed.err
-
-    return call
-
-
 def sha(run: Path) -> str:
     return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
 
