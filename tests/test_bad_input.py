@@ -1,4 +1,4 @@
-"""What is wrong is one sentence with file, line and remedy, under the designed exit code, and nothing is left behind."""
+"""What is wrong is one sentence with file, line and remedy, under the designed exit code, and nothing is left over."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def sha(run: Path) -> str:
 def test_a_disk_that_is_full_at_any_moment_loses_nothing(
     disk: SmallDisk, arguments: list[str], tmp_path: Path, main: Main
 ) -> None:
-    """The disk grows until the run fits. Before, one sentence at every size; at last, the weights of a run with room."""
+    """The disk grows until the run fits. Before, one sentence at each size; at last the weights of a run with room."""
     argv = [*arguments, "trainer.max_steps=6", "trainer.save_every=2", "trainer.batch_size=8"]
     assert main(*argv)[0] == 0
     needed = sum(len(data or b"") for data in everything(tmp_path / "run").values()) // 1024
