@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ TEST_SHARE = 0.3  # of all pairs, whole sub-packages
 WORDS = (40, 60, 90, 140)  # a document is cut after so many words: the longest that leaves enough pairs in the time
 ENOUGH_PAIRS = 4000  # before longer documents are worth more than more pairs
 TEST_QUERIES = (300, 1500)  # fewest and most; between them a third of the training pairs
-FEWEST_PAIRS = 200
+FEWEST_PAIRS = 400  # fewer would hardly move the model, however slow the machine
 DEV_EVALUATIONS = 3
 HOLDOUT, DISTRACTORS, BATCH_SIZE = 0.1, 200, 32  # as recipes/demo.yaml has them: they decide what a run costs
 FIXED_SECONDS = 12.0  # opening the model, BM25, the bootstraps, the report
@@ -77,11 +78,11 @@ def demo(
     chosen = None if force else _chosen(folder / "data")
     if chosen is None:
         chosen = _build(folder, minutes, machine, begun)
-    steps = round((1 - HOLDOUT) * chosen["size"]["train"]) // BATCH_SIZE
+    steps = math.ceil((1 - HOLDOUT) * chosen["size"]["train"] / BATCH_SIZE)
     settings = [
         f"out={folder / 'run'}",
         f"data.train={folder / 'data' / PROBLEM}",
-        f"trainer.eval_every={max(1, steps // DEV_EVALUATIONS)}",
+        f"trainer.eval_every={math.ceil(steps / DEV_EVALUATIONS)}",
     ]
     summary = train("demo", [*settings, *machine], force=force)
     return {"problem": chosen, "seconds": round(time.monotonic() - begun, 1), **summary}
