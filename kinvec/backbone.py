@@ -274,6 +274,12 @@ def keep_pages() -> None:
         libc.mallopt(m_top_pad, 2**26)
 
 
+def release_pages() -> None:
+    """Give the system back what is free: kept pages fragment over many steps of different shapes, and would pile up."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def trainable(module: nn.Module) -> Sequence[tuple[str, nn.Parameter]]:
     """The named parameters that training changes."""
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kinvec import checkpoint
 from kinvec.attention import replace_dropout
-from kinvec.backbone import fuse, set_dropout, trainable
+from kinvec.backbone import fuse, release_pages, set_dropout, trainable
 from kinvec.batching import Pack, cut, pack
 from kinvec.config import Settings
 from kinvec.console import progress, say
@@ -120,7 +120,7 @@ def fit(
     state = _resume(run, embedder, optimizer, settings)
     keep_log(run / "log.jsonl", state.step)
     plan = _plan(embedder, objective, source, settings, state)
-    trackers = open_trackers(list(settings.trackers), run)
+    trackers, held = open_trackers(list(settings.trackers), run), 0.0
     with _stopping() as stopped, progress("training", total, state.step) as bar, open(run / "log.jsonl", "a") as log:
         while state.step < total and not (settings.early_stop and state.stale >= settings.early_stop):
             begun = time.perf_counter()
@@ -131,6 +131,7 @@ def fit(
             state.seconds += (seconds := time.perf_counter() - begun)
             row |= {"step": state.step, "epoch": state.step / steps_per_epoch, "tokens_per_s": row["tokens"] / seconds}
             row |= {"memory_gb": memory_gb(embedder.device), "eta_s": state.seconds / state.step * (total - state.step)}
+            held = release_above(held, row["memory_gb"], state.step, embedder.device)
             due = bool(evaluate and every and (state.step % every == 0 or state.step == total))
             if due and evaluate:
                 row["dev"] = _evaluate(embedder, evaluate, state)
@@ -372,6 +373,18 @@ def memory_gb(device: torch.device) -> float:
     """GB in use now: of the process, or on CUDA the peak of the device."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     return round(used / 1e9, 3)
+
+
+def release_above(held: float, used: float, step: int, device: torch.device) -> float:
+    """Release free pages once the process holds half as much again as after its first steps; returns that mark in GB.
+
+    Each release costs one step's page faults, so it is done seldom.
+    """
+    if device.type != "cpu" or step <= 2 or not held:
+        return max(held, used)
+    if used > 1.5 * held:
+        release_pages()
+    return held
 
 
 def _note(row: dict[str, Any]) -> str:
