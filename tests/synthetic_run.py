@@ -64,7 +64,7 @@ def search_result(model: str, ndcg: np.ndarray) -> Result:
         "RR@10": np.minimum(1, ndcg + 0.02).tolist(),
         "R@100": np.ceil(ndcg).tolist(),
         "top_ids": [[f"d{i}", f"d{i + 1}"] for i in range(n)],
-        "top_text": [f"Thing {i} is what thing {i + 1} was before. " * 6 for i in range(n)],
+        "top_text": [f"Thing {i} is {'very_' * 16}long. What thing {i + 1} was before. " * 6 for i in range(n)],
         "first_relevant": [None if value < 0.1 else 1 + int((1 - value) * 9) for value in ndcg],
     }
     means = {name: float(np.mean(columns[name])) for name in ("nDCG@10", "RR@10", "R@100")}
