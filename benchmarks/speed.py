@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+from kinvec.backbone import multiplies_bf16
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data"))
@@ -56,8 +59,6 @@ def texts_and_pairs(folder: Path, limit: int | None) -> tuple[Path, Path, str]:
 
 def roof(dtype_name: str) -> list[float]:
     """TFLOP/s of matrix products at the shapes of ROOF_SHAPES, the best of seven."""
-    import torch
-
     found = []
     for m, k, n in ROOF_SHAPES:
         a, b = (torch.randn(shape).to(getattr(torch, dtype_name)) for shape in ((m, k), (k, n)))
@@ -68,13 +69,6 @@ def roof(dtype_name: str) -> list[float]:
             times.append(time.perf_counter() - begun)
         found.append(round(2 * m * k * n / min(times[1:]) / 1e12, 3))
     return found
-
-
-def has_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware."""
-    import torch
-
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def measure(job: str, who: str, precision: str, source: Path, *rest: str) -> dict[str, float]:
@@ -160,7 +154,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=None, help="encode only the first so many texts")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    bf16 = has_bf16()
+    bf16 = multiplies_bf16(torch.device("cpu"))
     arms = [("kinvec", "auto"), ("peer", "fp32"), *([("peer", "bf16")] if bf16 else [])]
     result: dict[str, Any] = {
         "date": date.today().isoformat(),

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kinvec.batching import Pack
@@ -167,25 +168,38 @@ def _probabilities(
     return torch.softmax(scores, -1), tanh
 
 
+SLAB = 2**21  # scores at a time without gradients: they stay in the cache between the two products
+
+
+def _slabs(pack: Pack, heads: int) -> Iterator[tuple[int, int, int]]:
+    """The runs, cut into (first token, texts, tokens each) of at most SLAB scores, or of one text."""
+    for start, texts, length in _runs(pack):
+        step = max(1, SLAB // (heads * length * length))
+        for first in range(0, texts, step):
+            yield start + first * length, min(step, texts - first), length
+
+
 def _forward_only(
     q: Tensor, k: Tensor, v: Tensor, pack: Pack, mask: TextMask, scale: float, softcap: float | None
 ) -> Float[Tensor, "T H V"]:
-    """Without gradients: the fused kernel reads the run where it lies."""
+    """Without gradients, in slabs; the fused kernel takes texts whose scores alone outgrow the cache."""
     out = q.new_empty(*q.shape[:2], v.shape[-1])
-    groups = q.shape[1] // k.shape[1]
-    for start, g, length in _runs(pack):
+    heads = q.shape[1]
+    groups = heads // k.shape[1]
+    for start, g, length in _slabs(pack, heads):
         bias = mask.bias(start, length, q)
-        end = start + g * length
-        if softcap is None:
-            qs, ks, vs = (x[start:end].view(g, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-            run = nn.functional.scaled_dot_product_attention(
+        here = slice(start, start + g * length)
+        if softcap is None and heads * length * length > SLAB:
+            qs, ks, vs = (x[here].view(g, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+            text = nn.functional.scaled_dot_product_attention(
                 qs, ks, vs, attn_mask=bias, scale=scale, enable_gqa=groups > 1
             )
-            out[start:end].view(g, length, *out.shape[1:]).copy_(run.transpose(1, 2))
+            out[here].view(g, length, *out.shape[1:]).copy_(text.transpose(1, 2))
             continue
-        heads = _by_head(q, start, g, length), _by_head(k, start, g, length, groups)
-        probs, _ = _probabilities(*heads, bias, scale, softcap)
-        _from_heads(torch.bmm(probs, _by_head(v, start, g, length, groups)), g, out[start:end])
+        with torch.autocast(q.device.type, enabled=False):
+            by_head = _by_head(q, start, g, length), _by_head(k, start, g, length, groups)
+            probs, _ = _probabilities(*by_head, bias, scale, softcap)
+            _from_heads(torch.bmm(probs, _by_head(v, start, g, length, groups)), g, out[here])
     return out
 
 
@@ -216,7 +230,7 @@ class EqualLengthAttention(torch.autograd.Function):
                 ks, vs = (_by_head(x, start, g, length, groups) for x in (k, v))
                 probs, tanh = _probabilities(qs, ks, mask.bias(start, length, q), scale, softcap)
                 keep = keep_mask(probs.shape, dropout, q.device) if dropout > 0.0 else None
-                mixed = torch.bmm(probs if keep is None else probs * keep, vs)
+                mixed = torch.bmm(probs if keep is None else masked(probs, keep), vs)
                 if keep is not None:  # rescaling after the product touches L / D times fewer numbers
                     mixed.mul_(1.0 / (1.0 - dropout))
                 _from_heads(mixed, g, out[start : start + g * length])
@@ -235,10 +249,10 @@ class EqualLengthAttention(torch.autograd.Function):
             dout = _by_head(grad, start, g, length)
             seen = probs
             if keep is not None:
-                dout, seen = dout * (1.0 / (1.0 - ctx.dropout)), probs * keep
+                dout, seen = dout * (1.0 / (1.0 - ctx.dropout)), masked(probs, keep)
             dprobs = torch.bmm(dout, vs.transpose(1, 2))
             if keep is not None:
-                dprobs.mul_(keep)
+                dprobs = masked(dprobs, keep, out=dprobs)
             dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
             if tanh is not None:
                 dscores.mul_(1.0 - tanh * tanh)
@@ -249,15 +263,37 @@ class EqualLengthAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None, None
 
 
-def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Bool[Tensor, "..."]:
-    """A random mask, True with probability 1 − dropout to within 2⁻¹⁶: four decisions from each 64-bit draw.
+def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Int[Tensor, "..."]:
+    """A random mask of 16-bit words, all ones with probability 1 − dropout to within 2⁻¹⁶ and else zero.
 
-    The generator of the device is advanced as any other draw advances it, so a saved random state replays the mask.
+    Four words come from each 64-bit draw and are turned into the mask where they lie: clamped to a threshold and the
+    number below it. Multiplying by a Boolean mask would first convert it (docs/experiments.md). The generator of the
+    device is advanced as any other draw advances it, so a saved random state replays the mask.
     """
     count = shape.numel()
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
-    threshold = round(dropout * 2**16) - 2**15
-    return (draws.view(torch.int16)[:count] >= threshold).view(shape)
+    threshold = round((1.0 - dropout) * 2**16) - 2**15
+    if threshold == 2**15:  # a dropout below half of 2⁻¹⁶
+        return torch.full(shape, -1, dtype=torch.int16, device=device)
+    words = _draws((count + 3) // 4, device).view(torch.int16)[:count]
+    return words.clamp_(threshold - 1, threshold).sub_(threshold).view(shape)
+
+
+def _draws(count: int, device: torch.device) -> Int[Tensor, " count"]:
+    """Random 64-bit integers. torch draws them on a CPU with one slow generator; it only seeds a faster one here."""
+    if device.type != "cpu":
+        return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None)
+    seed = torch.randint(2**63 - 1, ())
+    return torch.from_numpy(np.random.SFC64(int(seed)).random_raw(count).view(np.int64))
+
+
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number → the integers that hold its bits
+
+
+def masked(x: Float[Tensor, "..."], keep: Int[Tensor, "..."], out: Tensor | None = None) -> Float[Tensor, "..."]:
+    """The numbers of x where `keep` is all ones, +0 where it is zero, by the bits of both; into `out` if given."""
+    word = WORDS[x.element_size()]
+    place = out.view(word) if out is not None else None
+    return torch.bitwise_and(x.view(word), keep.to(word), out=place).view(x.dtype)
 
 
 class _Dropout(torch.autograd.Function):
@@ -266,16 +302,16 @@ class _Dropout(torch.autograd.Function):
         keep = keep_mask(x.shape, p, x.device)
         ctx.save_for_backward(keep)
         ctx.rescale = 1.0 / (1.0 - p)
-        return (x * keep).mul_(ctx.rescale)
+        return masked(x, keep).mul_(ctx.rescale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (keep,) = ctx.saved_tensors
-        return (grad * keep).mul_(ctx.rescale), None
+        return masked(grad, keep).mul_(ctx.rescale), None
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` with the cheap mask above: a byte an element is kept for the backward pass instead of four."""
+    """`nn.Dropout` with the cheap mask above: two bytes an element are kept for the backward pass instead of four."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:

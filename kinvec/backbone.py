@@ -248,9 +248,14 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise KinvecError(f"precision '{precision}' is unknown; use one of {', '.join(PRECISIONS)}")
     if precision != "auto":
         return precision
+    return "bf16" if multiplies_bf16(device) else "fp32"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 itself; where it does not, bf16 is emulated, hundreds of times slower."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def set_threads(threads: int | None) -> None:

@@ -349,6 +349,8 @@ def write_folder(embedder: Embedder, folder: Path) -> None:
 
     logging.disable_progress_bar()
     model: Any = embedder.backbone.model
+    if model.dtype != torch.float32:  # opened in bf16, which has rounded the weights: they are read again
+        model = open_folder(embedder.name).backbone.model
     model.save_pretrained(folder, safe_serialization=True)
     if embedder.tokenizer.pad_token is None:
         embedder.tokenizer.pad_token = embedder.tokenizer.eos_token

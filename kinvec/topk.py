@@ -1,5 +1,10 @@
 """Exact top-k search in bounded memory: blocked float32 matrix products, with ties in trec_eval's order.
 
+A matrix product's last bits depend on the processor, the threads and the shape of the block, so equal documents could
+score differently. Products only choose candidates, with room for their error; candidates are scored again in float64,
+pair by pair, and rounded to float32. Rankings are therefore the same on every machine and for every division of the
+corpus.
+
 The order is total: higher score first; among equal scores the id that is *greater* as a string first. That is how
 trec_eval, and pytrec_eval with it, reads a run (`comp_sim_docno` compares float32 scores, then document names in
 descending order), so the lists made here and the metrics computed from their scores agree to the last tie.
@@ -9,7 +14,8 @@ Shapes: q = queries, n = documents, b = documents of a block, d = dimensions, k 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
@@ -18,6 +24,7 @@ from kinvec.contracts import KinvecError
 
 DOCUMENT_ROWS = 16_384  # b; a block of scores is at most QUERY_ROWS × DOCUMENT_ROWS float32, 16 MiB
 QUERY_ROWS = 256
+PAIR_ROWS = 16_384  # query-document pairs scored in float64 at a time
 
 
 def top_k(
@@ -40,8 +47,10 @@ def top_k(
             raise KinvecError(f"there are more document vectors than the {len(ids):,} document ids; write them again")
         for q in range(0, len(queries), QUERY_ROWS):
             rows = slice(q, q + QUERY_ROWS)
-            scores = queries[rows] @ block.T
-            best[0][rows], best[1][rows] = keep_best((best[0][rows], best[1][rows]), scores, start, tie_rank)
+            scores, error = queries[rows] @ block.T, _product_error(queries[rows], block)
+            exact = partial(_pair_scores, queries[rows], block)
+            so_far = best[0][rows], best[1][rows]
+            best[0][rows], best[1][rows] = keep_best(so_far, scores, start, tie_rank, error, exact)
         start += len(block)
     if start != len(ids):
         raise KinvecError(f"there are {start:,} document vectors but {len(ids):,} document ids; write them again")
@@ -62,29 +71,55 @@ def empty_best(q: int, k: int) -> tuple[Float32[np.ndarray, "q k"], Int64[np.nda
     return np.full((q, k), -np.inf, dtype=np.float32), np.full((q, k), -1, dtype=np.int64)
 
 
+Exact = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
 def keep_best(
     best: tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]],
     scores: Float32[np.ndarray, "q b"],
     start: int,
     tie_rank: Int64[np.ndarray, " n"],
+    error: Float32[np.ndarray, "q 1"] | float = 0.0,
+    exact: Exact | None = None,
 ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
-    """The best k of `best` and of the block `scores`, whose columns are the documents from row `start` on."""
+    """The best k of `best` and of the block `scores`, whose columns are the documents from row `start` on.
+
+    Where `scores` may be off by `error`, `exact(rows, columns)` scores those that may be among the best.
+    """
     (q, k), b = best[0].shape, scores.shape[1]
     if k == 0 or b == 0:
         return best
-    floor = best[0][:, -1:]  # a document below the k-th best so far cannot enter; one that equals it may, by its id
+    floor = best[0][:, -1:] - error  # below the k-th best so far none can enter; one that equals it may, by its id
     reaches = scores >= floor
     if b > k and np.count_nonzero(reaches) > 4 * q * k:  # the first block; or documents sorted towards the queries
-        floor = np.maximum(floor, np.partition(scores, b - k, axis=1)[:, b - k, None])
+        floor = np.maximum(floor, np.partition(scores, b - k, axis=1)[:, b - k, None] - 2 * error)
         reaches = scores >= floor
     row, column = np.nonzero(reaches)
     rows = np.concatenate([np.repeat(np.arange(q), k), row])
-    values = np.concatenate([best[0].ravel(), scores[row, column]])
+    values = np.concatenate([best[0].ravel(), scores[row, column] if exact is None else exact(row, column)])
     documents = np.concatenate([best[1].ravel(), start + column])
     order = np.lexsort((tie_rank[documents], -values, rows))
     per_row = np.bincount(rows, minlength=q)  # at least k, since the k so far always compete
     kept = order[(np.cumsum(per_row) - per_row)[:, None] + np.arange(k)]
     return values[kept], documents[kept]
+
+
+def _product_error(queries: np.ndarray, block: np.ndarray) -> Float32[np.ndarray, "q 1"]:
+    """Twice the bound on a float32 product's error, d · u · ‖query‖ · ‖document‖ (Higham 2002, eq. 3.5)."""
+    longest = np.linalg.norm(block, axis=1).max(initial=0.0)
+    bound = 2 * queries.shape[1] * np.finfo(np.float32).eps * longest * np.linalg.norm(queries, axis=1, keepdims=True)
+    return bound.astype(np.float32)
+
+
+def _pair_scores(
+    queries: np.ndarray, block: np.ndarray, row: Int64[np.ndarray, " p"], column: Int64[np.ndarray, " p"]
+) -> Float32[np.ndarray, " p"]:
+    """Inner products of the pairs (query, document), in float64, rounded."""
+    scores = np.empty(len(row), dtype=np.float32)
+    for start in range(0, len(row), PAIR_ROWS):
+        pairs = slice(start, start + PAIR_ROWS)
+        scores[pairs] = np.einsum("pd,pd->p", queries[row[pairs]], block[column[pairs]], dtype=np.float64)
+    return scores
 
 
 def _blocks(documents: Iterable[np.ndarray], dimension: int) -> Iterator[Float32[np.ndarray, "b d"]]:

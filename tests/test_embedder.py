@@ -40,6 +40,11 @@ TEXTS = [
 ]
 
 
+def load(folder: str | Path, **settings: Any) -> Embedder:
+    """In float32 wherever the tests run: what is compared here is exact."""
+    return Embedder.load(folder, precision="fp32", **settings)
+
+
 def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return float(((a * b).sum(1) / norms).min())
@@ -96,7 +101,7 @@ def test_prompts_left_out_of_pooling_agree(st_folder: Callable[..., Path], mode:
 def test_prompts_counted_in_pooling_agree(st_folder: Callable[..., Path]) -> None:
     folder = st_folder(prompts={"query": "search: ", "document": "of the passage: ", "other": "gene: "})
     same_as_peer(folder)
-    ours = Embedder.load(folder)
+    ours = load(folder)
     assert least_cosine(ours.encode_queries(TEXTS), ours.encode(TEXTS)) < 0.999
     peer = SentenceTransformer(str(folder), device="cpu")
     assert (
@@ -109,18 +114,18 @@ def test_prompts_counted_in_pooling_agree(st_folder: Callable[..., Path]) -> Non
 def test_a_passage_prompt_is_that_of_documents(st_folder: Callable[..., Path], tmp_path: Path, name: str) -> None:
     """As E5 names it. The peer's encode_document forgets it; the folder that we save says it so that it does not."""
     folder = st_folder(prompts={"query": "search: ", name: "of the passage: "})
-    ours, peer = Embedder.load(folder), SentenceTransformer(str(folder), device="cpu")
+    ours, peer = load(folder), SentenceTransformer(str(folder), device="cpu")
     assert ours.prompts == {"query": "search: ", "document": "of the passage: "}
     assert least_cosine(ours.encode_documents(TEXTS), peer.encode(TEXTS, prompt_name=name)) >= 0.99999
     ours.save(tmp_path / "saved")
     same_as_peer(tmp_path / "saved")
     edit(folder / "config_sentence_transformers.json", prompts={"document": "gene: ", name: "of the passage: "})
-    assert Embedder.load(folder).prompts == {"document": "gene: "}
+    assert load(folder).prompts == {"document": "gene: "}
 
 
 def test_a_default_prompt_counts_for_both_sides(st_folder: Callable[..., Path]) -> None:
     folder = st_folder(prompts={"instruction": "find the gene: "}, default_prompt_name="instruction")
-    ours, peer = Embedder.load(folder), SentenceTransformer(str(folder), device="cpu")
+    ours, peer = load(folder), SentenceTransformer(str(folder), device="cpu")
     other = peer.encode(TEXTS)
     assert least_cosine(ours.encode_queries(TEXTS), other) >= 0.99999
     assert least_cosine(ours.encode_documents(TEXTS), other) >= 0.99999
@@ -133,8 +138,8 @@ def test_lower_casing_agrees(st_folder: Callable[..., Path], lower: bool) -> Non
     edit(folder / "tokenizer_config.json", model_max_length=512)
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 32, "do_lower_case": lower}))
     same_as_peer(folder)
-    assert Embedder.load(folder).lower_case == lower
-    high, low = Embedder.load(folder).encode(["INSULIN AND Glucose", "insulin and glucose"])
+    assert load(folder).lower_case == lower
+    high, low = load(folder).encode(["INSULIN AND Glucose", "insulin and glucose"])
     assert np.array_equal(high, low) == lower
 
 
@@ -143,16 +148,16 @@ def test_dense_and_normalize_agree_and_the_dimension_is_that_of_the_last(st_fold
     dense = Dense(64, 24, activation_function=nn.GELU()), Dense(24, 12, bias=False, activation_function=nn.Tanh())
     folder = st_folder(Pooling(32, ("mean", "max")), *dense, Normalize())
     same_as_peer(folder)
-    assert Embedder.load(folder).dimension == 12
+    assert load(folder).dimension == 12
 
 
 @pytest.mark.parametrize("limit", [8, 20, None])
 def test_texts_are_cut_where_the_folder_says(st_folder: Callable[..., Path], limit: int | None) -> None:
     folder = st_folder(max_length=limit)
     same_as_peer(folder)
-    assert Embedder.load(folder).max_length == (limit or 48)
-    assert Embedder.load(folder, max_length=5).max_length == 5
-    assert Embedder.load(folder, max_length=1000).max_length == (limit or 48)
+    assert load(folder).max_length == (limit or 48)
+    assert load(folder, max_length=5).max_length == 5
+    assert load(folder, max_length=1000).max_length == (limit or 48)
 
 
 PLAIN = {
@@ -178,7 +183,7 @@ def test_a_causal_language_model_pools_its_last_token(tmp_path: Path) -> None:
     folder = save_plain("llama", tmp_path / "llama", "decoder")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
-    ours = Embedder.load(folder)
+    ours = load(folder)
     assert ours.pooling == ("lasttoken",) and ours.attention == "causal"
     same_as_peer(folder, [text for text in TEXTS if text])
     assert np.isfinite(ours.encode([""])).all()
@@ -189,17 +194,12 @@ def test_a_causal_language_model_pools_its_last_token(tmp_path: Path) -> None:
 def test_the_folder_says_how_a_decoder_attends(tmp_path: Path, causal: bool) -> None:
     """Saving turns LlamaForCausalLM into LlamaModel: what the folder says must survive that."""
     folder = save_plain("llama" if causal else "llama-bidirectional", tmp_path / "plain", "decoder")
-    first = Embedder.load(folder)
+    first = load(folder)
     first.save(tmp_path / "saved")
     said = json.loads((tmp_path / "saved" / "kinvec.json").read_text())["attention"]
-    assert (
-        said
-        == first.attention
-        == Embedder.load(tmp_path / "saved").attention
-        == ("causal" if causal else "bidirectional")
-    )
+    assert said == first.attention == load(tmp_path / "saved").attention == ("causal" if causal else "bidirectional")
     texts = [text for text in TEXTS if text]
-    assert np.array_equal(Embedder.load(tmp_path / "saved").encode(texts), first.encode(texts))
+    assert np.array_equal(load(tmp_path / "saved").encode(texts), first.encode(texts))
     same_as_peer(tmp_path / "saved", texts)
 
 
@@ -236,7 +236,7 @@ def test_the_real_bert_tokenizer_agrees(shared_data: Path, plain_bert: Path, tmp
 def test_vectors_come_in_order_whatever_the_windows_and_packs(
     plain_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = Embedder.load(plain_bert)
+    ours = load(plain_bert)
     texts = [" ".join(TEXTS[i % len(TEXTS)].split()[: i % 9 + 1]) for i in range(300)]
     whole = ours.encode(texts)
     monkeypatch.setattr(kinvec.embedder, "WINDOW", 64)
@@ -248,7 +248,7 @@ def test_vectors_come_in_order_whatever_the_windows_and_packs(
 
 
 def test_encoding_leaves_training_as_it_was(plain_bert: Path) -> None:
-    ours = Embedder.load(plain_bert)
+    ours = load(plain_bert)
     ours.train()
     first = ours.encode(TEXTS)
     assert ours.training and np.array_equal(first, ours.eval().encode(TEXTS))
@@ -262,14 +262,19 @@ def test_bf16_is_close_and_says_so(plain_bert: Path) -> None:
     assert exact.fingerprint != rough.fingerprint
 
 
+def test_saving_what_was_opened_in_bf16_loses_nothing(plain_bert: Path, tmp_path: Path) -> None:
+    Embedder.load(plain_bert, precision="bf16").save(tmp_path / "copy")
+    assert np.array_equal(load(tmp_path / "copy").encode(TEXTS), load(plain_bert).encode(TEXTS))
+
+
 def test_one_text_is_no_list_of_texts(plain_bert: Path) -> None:
     with pytest.raises(KinvecError, match=r"write encode\(\[text\]\)"):
-        Embedder.load(plain_bert).encode("a text")
+        load(plain_bert).encode("a text")
 
 
 def test_the_fingerprint_knows_weights_prompts_and_length(plain_bert: Path, tmp_path: Path) -> None:
-    first, again = Embedder.load(plain_bert), Embedder.load(shutil.copytree(plain_bert, tmp_path / "copy"))
-    prints = {first.fingerprint, Embedder.load(plain_bert, max_length=9).fingerprint}
+    first, again = load(plain_bert), load(shutil.copytree(plain_bert, tmp_path / "copy"))
+    prints = {first.fingerprint, load(plain_bert, max_length=9).fingerprint}
     assert again.fingerprint == first.fingerprint
     again.prompts = {"query": "q: "}
     prints.add(again.fingerprint)
@@ -331,7 +336,7 @@ def read_all(folder: Path) -> dict[str, Any]:
 def test_a_save_that_fails_leaves_the_old_folder(
     plain_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    ours = Embedder.load(plain_bert)
+    ours = load(plain_bert)
     ours.save(tmp_path / "model")
     before = read_all(tmp_path)
     with torch.no_grad():
@@ -352,17 +357,17 @@ def test_a_save_that_fails_leaves_the_old_folder(
     with pytest.raises((OSError, KeyboardInterrupt)):
         ours.save(tmp_path / "model")
     assert read_all(tmp_path) == before
-    assert np.array_equal(Embedder.load(tmp_path / "model").encode(TEXTS), Embedder.load(plain_bert).encode(TEXTS))
+    assert np.array_equal(load(tmp_path / "model").encode(TEXTS), load(plain_bert).encode(TEXTS))
 
 
 def test_a_folder_that_is_not_ours_is_not_replaced(plain_bert: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
     with pytest.raises(KinvecError, match=r"thesis.*not"):
-        Embedder.load(plain_bert).save(tmp_path / "thesis")
+        load(plain_bert).save(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
-    Embedder.load(plain_bert).save(tmp_path / "empty")
+    load(plain_bert).save(tmp_path / "empty")
     assert (tmp_path / "empty" / "kinvec.json").is_file()
 
 
@@ -450,18 +455,18 @@ def good_folder(plain_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         str(tmp_path_factory.mktemp("st") / "st"), create_model_card=False
     )
     folder = tmp_path_factory.mktemp("good") / "good"
-    Embedder.load(tmp_path_factory.getbasetemp() / "st0" / "st").save(folder)
+    load(tmp_path_factory.getbasetemp() / "st0" / "st").save(folder)
     return folder
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_folder_is_one_clear_sentence(good_folder: Path, tmp_path: Path, what: str) -> None:
     folder = shutil.copytree(good_folder, tmp_path / "good")
-    Embedder.load(folder)
+    load(folder)
     spoil, sentence = BROKEN[what]
     spoil(folder)
     with pytest.raises(KinvecError, match=sentence) as caught:
-        Embedder.load(folder)
+        load(folder)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
@@ -479,11 +484,11 @@ def test_a_pickle_is_not_run(good_folder: Path, tmp_path: Path, monkeypatch: pyt
     (folder / "2_Dense" / "model.safetensors").unlink()
     (folder / "2_Dense" / "pytorch_model.bin").write_bytes(pickle.dumps({"linear.weight": Bomb()}, protocol=2))
     with pytest.raises(KinvecError, match="2_Dense"):
-        Embedder.load(folder)
+        load(folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(), protocol=2))
     with pytest.raises(KinvecError, match="no safetensors"):
-        Embedder.load(folder)
+        load(folder)
     assert not (tmp_path / "bomb-went-off").exists()
 
 
@@ -493,7 +498,7 @@ def test_an_old_dense_in_a_torch_file_is_read_as_tensors(good_folder: Path, tmp_
     folder = shutil.copytree(good_folder, tmp_path / "good")
     torch.save(load_file(folder / "2_Dense" / "model.safetensors"), folder / "2_Dense" / "pytorch_model.bin")
     (folder / "2_Dense" / "model.safetensors").unlink()
-    assert np.array_equal(Embedder.load(folder).encode(TEXTS), Embedder.load(good_folder).encode(TEXTS))
+    assert np.array_equal(load(folder).encode(TEXTS), load(good_folder).encode(TEXTS))
 
 
 @pytest.mark.parametrize(
@@ -512,12 +517,12 @@ def test_an_old_dense_in_a_torch_file_is_read_as_tensors(good_folder: Path, tmp_
 )
 def test_a_model_that_is_not_there(name: str, sentence: str) -> None:
     with pytest.raises(KinvecError, match=sentence):
-        Embedder.load(name)
+        load(name)
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(KinvecError, match="not a model folder"):
-        Embedder.load(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(("what", "value"), [("device", "abacus"), ("precision", "fp8")])

@@ -43,6 +43,25 @@ def test_equals_a_full_sort_with_ties_across_blocks_and_shards(
     assert scores.dtype == np.float32 and scores.shape == (q, min(k, n))
 
 
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(20, 200), d=st.integers(1, 400), rows=st.integers(1, 90), seed=st.integers(0, 10_000))
+def test_equals_float64_to_the_last_bit_and_equal_documents_tie(n: int, d: int, rows: int, seed: int) -> None:
+    """Whatever the blocks: a product's last bits would order copies of a document by where they stand."""
+    rng = np.random.default_rng(seed)
+    queries = rng.normal(size=(5, d)).astype(np.float32)
+    documents = rng.normal(size=(n, d)).astype(np.float32)[rng.integers(0, n // 3, n)]
+    ids = [str(i) for i in rng.permutation(n)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "DOCUMENT_ROWS", rows)
+        patch.setattr(topk, "PAIR_ROWS", 7)
+        scores, found = top_k(queries, [documents], ids, 10)
+    exact = np.array([[np.dot(a.astype(np.float64), b.astype(np.float64)) for b in documents] for a in queries])
+    by_id = sorted(range(n), key=ids.__getitem__, reverse=True)
+    expected = np.array([sorted(by_id, key=lambda j: -np.float32(row[j]))[:10] for row in exact])
+    assert (found == expected).all()
+    assert (scores == np.take_along_axis(exact, expected, axis=1).astype(np.float32)).all()
+
+
 def test_all_documents_equal_come_by_id_descending() -> None:
     ids = [f"d{i}" for i in range(1000)]
     _, found = top_k(np.ones((3, 4), np.float32), [np.ones((1000, 4), np.float32)], ids, 5)

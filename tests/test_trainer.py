@@ -276,7 +276,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(
     losses, expected = ([row["loss"] for row in log_of(tmp_path / name)] for name in ("tight", "calm"))
     assert losses == pytest.approx(expected, rel=1e-5)
     for key, value in weights_of(calm).items():
-        torch.testing.assert_close(weights_of(tight)[key], value, atol=1e-4, rtol=0)
+        torch.testing.assert_close(weights_of(tight)[key], value, atol=5e-4, rtol=0)
     newest = checkpoint.latest(tmp_path / "tight" / "checkpoints")
     assert newest and checkpoint.read_values(newest)["chunk_tokens"] == 64  # the plan is part of the checkpoint
 
