@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from kinvec.attention import fuse_projections, install, packed
@@ -259,9 +260,10 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def set_threads(threads: int | None) -> None:
-    """Use this many CPU threads; None leaves torch's choice."""
+    """Use this many CPU threads, in torch, NumPy and the tokenizer; None leaves their choice."""
     if threads:
         torch.set_num_threads(threads)
+        threadpool_limits(threads)
         os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
 
 

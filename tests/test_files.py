@@ -585,6 +585,17 @@ def test_what_was_left_half_written_is_made_again(tmp_path: Path) -> None:
     assert not cached(".tmp")
 
 
+def test_tables_that_nothing_reads_are_forgotten(tmp_path: Path) -> None:
+    old, read, new = (jsonl(tmp_path / f"{name}.jsonl", [{"query": name, "pos_doc": "kept?"}]) for name in "abc")
+    tables = [open_data(path).arrow.path for path in (old, read)]
+    for table in tables:
+        os.utime(table.with_suffix(".json"), (0, 0))
+    open_data(read)
+    open_data(new)
+    assert [table.exists() for table in tables] == [False, True]
+    assert values(open_data(old))[0]["query"] == "a"
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """What a full disk looks like to a writer: no file may grow beyond `size` bytes."""

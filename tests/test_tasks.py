@@ -90,6 +90,11 @@ def test_a_corpus_in_windows_gives_the_same_result(monkeypatch: pytest.MonkeyPat
     assert words.calls == [3, 2, 2, 2]
 
 
+def test_a_grade_that_cannot_be_one_is_refused() -> None:
+    with pytest.raises(KinvecError, match=r"query 'q1' judges document 'd4' as 3000000000; a grade is small"):
+        tasks.retrieval(problem({"q1": {"d1": 1, "d4": 3_000_000_000}}), Words())
+
+
 def test_vectors_made_elsewhere_are_joined_by_id_and_give_the_same_result() -> None:
     data, words = problem(), Words()
     order = [4, 0, 5, 2, 1, 3]

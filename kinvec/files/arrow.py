@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from kinvec.files.writing import beside_path, content_fingerprint, write_json
 
 READER_VERSION = 3  # raise it whenever the same file would be read into other rows
 BATCH_ROWS, BATCH_CHARACTERS = 4096, 8 << 20  # a record batch is closed at whichever comes first
+KEPT_DAYS = 30  # since a table was last read
 FULL = "the disk is full"
 UNWRITABLE = {
     errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL,
@@ -136,10 +138,23 @@ def cached_table(
         with _or_nothing(path, manifest):
             rows = _write(path, schema, produce(own))
             write_json(manifest, {"rows": rows, "bytes": path.stat().st_size, **own.to_json(root)})
+        _forget_old()
     else:
         own = Notes.from_json(found, root)
+        with suppress(OSError):
+            os.utime(manifest)
     notes.take(own)
     return ArrowTable(path)
+
+
+def _forget_old() -> None:
+    """Delete the tables that nothing has read for KEPT_DAYS; one that is open stays readable until it is closed."""
+    oldest = time.time() - KEPT_DAYS * 86_400
+    for manifest in cache_folder().glob("*.json"):
+        with suppress(OSError):  # another process may be doing the same
+            if manifest.stat().st_mtime < oldest:
+                manifest.with_suffix(".arrow").unlink(missing_ok=True)
+                manifest.unlink()
 
 
 def _read_manifest(path: Path, manifest: Path) -> dict[str, Any] | None:

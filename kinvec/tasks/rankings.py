@@ -67,6 +67,9 @@ def _shown(
     }
 
 
+HIGHEST_GRADE = 10_000  # trec_eval's code counts grades in an array as long as the highest
+
+
 def check_problem(data: RetrievalData) -> None:
     """Raise `KinvecError` where there is nothing to search with or in."""
     where = data.name or "the data"
@@ -77,6 +80,13 @@ def check_problem(data: RetrievalData) -> None:
         raise KinvecError(f"{where}: the query '{unknown}' is judged but has no text; add it, or drop its judgements")
     if not len(data.corpus):
         raise KinvecError(f"{where}: the corpus has no documents; there is nothing to search")
+    for query, grades in data.qrels.items():
+        if any(abs(grade) > HIGHEST_GRADE for grade in grades.values()):
+            wrong = next(document for document, grade in grades.items() if abs(grade) > HIGHEST_GRADE)
+            raise KinvecError(
+                f"{where}: query '{query}' judges document '{wrong}' as {grades[wrong]}; a grade is small (0, 1, 2, …, at "
+                f"most {HIGHEST_GRADE:,})"
+            )
 
 
 def versions() -> dict[str, str]:
