@@ -84,8 +84,8 @@ def check_problem(data: RetrievalData) -> None:
         if any(abs(grade) > HIGHEST_GRADE for grade in grades.values()):
             wrong = next(document for document, grade in grades.items() if abs(grade) > HIGHEST_GRADE)
             raise KinvecError(
-                f"{where}: query '{query}' judges document '{wrong}' as {grades[wrong]}; a grade is small (0, 1, 2, …, at "
-                f"most {HIGHEST_GRADE:,})"
+                f"{where}: query '{query}' judges document '{wrong}' as {grades[wrong]}; a grade is small: 0, 1, 2 and "
+                f"so on, at most {HIGHEST_GRADE:,}"
             )
 
 
