@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kinvec.batching import Pack
+from kinvec.contracts import KinvecError
 
 IMPLEMENTATION = "kinvec_packed"
 _PACK: ContextVar[Pack | None] = ContextVar("pack", default=None)
@@ -76,6 +77,33 @@ def install(model: nn.Module) -> bool:
     AttentionMaskInterface.register(IMPLEMENTATION, _text_mask)
     model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
     return True
+
+
+CAUSAL_LAYERS = {  # they look back by construction, whatever mask they are given
+    "chunked_attention", "linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "hybrid_sliding",
+    "indexed_attention",
+}  # fmt: skip
+
+
+def set_direction(model: nn.Module, causal: bool) -> None:
+    """Let every token see only what precedes it, or the whole text, by the model's own switch (transformers ≥ 5.2).
+
+    Raises `KinvecError` for architectures some of whose layers are causal by construction.
+    """
+    from transformers import PreTrainedModel
+
+    config: Any = model.config
+    text = config.get_text_config()
+    stuck = sorted(CAUSAL_LAYERS & set(getattr(text, "layer_types", None) or ()))
+    if stuck and not causal:
+        raise KinvecError(
+            f"{config.model_type}: its {stuck[0]} layers stay causal, so it cannot become bidirectional; train it with "
+            "attention=causal and pooling=lasttoken"
+        )
+    text.is_causal = causal
+    for module in model.modules():  # some attention layers read only their own flag (StableLM, Nemotron)
+        if not isinstance(module, PreTrainedModel) and isinstance(getattr(module, "is_causal", None), bool):
+            module.is_causal = causal  # type: ignore[assignment]
 
 
 def _text_mask(*, mask_function: Callable[..., Tensor], **_: Any) -> TextMask:

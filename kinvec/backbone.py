@@ -20,11 +20,10 @@ from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from kinvec.attention import fuse_projections, install, packed
+from kinvec.attention import fuse_projections, install, packed, set_direction
 from kinvec.batching import Pack, Tokens, pack
 from kinvec.config import Settings
 from kinvec.contracts import KinvecError
-from kinvec.files import saying_full
 
 POSITIONS_AFTER_PADDING = {  # families whose first position is the padding index + 1 (RoBERTa's convention)
     "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod", "esm",
@@ -45,6 +44,9 @@ class LoraSettings(Settings):
     """Names of the linear layers that carry an adapter, or `all-linear`."""
 
 
+MODEL_FILES = ("modules.json", "config.json", "adapter_config.json")
+
+
 def find_model(name: str) -> str:
     """A model's folder for a path or `pkg:NAME` (a model inside an installed package), else the hub name as it is.
 
@@ -54,7 +56,7 @@ def find_model(name: str) -> str:
         return str(_package_model(name.removeprefix("pkg:")))
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
+        if not any((folder / file).is_file() for file in MODEL_FILES):
             raise KinvecError(f"{name}: not a model folder (it has neither modules.json nor config.json)")
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -134,10 +136,14 @@ class Backbone(nn.Module):
         self.width = int(getattr(config.get_text_config(), "hidden_size", 0) or config.d_model)
         offset = config.model_type in POSITIONS_AFTER_PADDING
         self.first_position = int(config.pad_token_id) + 1 if offset and config.pad_token_id is not None else 0
-        native = config._attn_implementation
-        self.packs = install(model) and self._agrees(native)
+        self.native = str(config._attn_implementation)
+        self._choose_way()
+
+    def _choose_way(self) -> None:
+        """Packed where that gives the same as padded, else padded."""
+        self.packs = install(self.model) and self._agrees()
         if not self.packs:
-            model.set_attn_implementation(native)  # type: ignore[operator]
+            self.model.set_attn_implementation(self.native)  # type: ignore[operator]
 
     def forward(self, texts: Pack) -> Float[Tensor, "T h"]:
         """The last hidden states of all tokens of the pack."""
@@ -159,29 +165,58 @@ class Backbone(nn.Module):
         return bool(getattr(self.model.config, "type_vocab_size", 0))
 
     @torch.no_grad()
-    def _agrees(self, native: str) -> bool:
+    def _agrees(self) -> bool:
         """Whether this very model gives the same hidden states packed as padded through its own attention.
 
         Some architectures accept a custom attention and then ignore part of it (sinks, position biases); only a run
         of both ways tells. Costs two forward passes over 12 tokens.
         """
-        training, model, self.packs = self.model.training, self.model, True
-        config: Any = self.model.config
-        vocabulary = int(config.get_text_config().vocab_size)
-        ids = [[(7 * length + place) % (vocabulary - 5) + 5 for place in range(length)] for length in (3, 4, 5)]
-        probe = pack(Tokens(ids, [0, 0, 0]), range(3)).to(next(model.parameters()).device)
-        model.eval()
+        self.packs = True
+        vocabulary = int(self.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        texts = [[(7 * length + place) % (vocabulary - 5) + 5 for place in range(length)] for length in (3, 4, 5)]
         try:
-            packed_states = self(probe).float()
-            model.set_attn_implementation(native)  # type: ignore[operator]
-            padded_states = self._padded(probe).float()
+            packed_states, padded_states = self._probe(texts), self._probe(texts, native=True)
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
             return False
-        finally:
-            install(model)
-            model.train(training)
-        tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+        tolerance = 1e-4 if next(self.model.parameters()).dtype == torch.float32 else 5e-2
         return bool((packed_states - padded_states).abs().max() <= tolerance * padded_states.abs().max())
+
+    @torch.no_grad()
+    def _probe(self, texts: list[list[int]], native: bool = False) -> Float[Tensor, "T h"]:
+        """Hidden states without dropout, as texts go through the model, or padded through its own attention."""
+        training, model = self.model.training, self.model
+        probe = pack(Tokens(texts, [0] * len(texts)), range(len(texts))).to(next(model.parameters()).device)
+        model.eval()
+        try:
+            if not native:
+                return self(probe).float()
+            model.set_attn_implementation(self.native)  # type: ignore[operator]
+            return self._padded(probe).float()
+        finally:
+            if native and self.packs:
+                install(model)
+            model.train(training)
+
+    def sees_ahead(self, native: bool = False, padded: bool = False) -> bool:
+        """Whether the first token of a text of four knows its last: measured, whatever the configuration says."""
+        texts = [[5, 6, 7, 8], [5, 6, 7, 9], *([[5, 6, 7, 8, 9, 8, 7]] if padded else [])]
+        states = self._probe(texts, native)
+        return bool((states[0] - states[4]).abs().max() > 1e-6 * states[0].abs().max())
+
+    def set_attention(self, attention: str) -> None:
+        """Make the model `causal` or `bidirectional`; what it is already stays as it was published.
+
+        Raises `KinvecError` for an architecture that cannot, after the switch was thrown and looked at: a text's first
+        token must see its last, packed, unpadded and padded, or must not.
+        """
+        wanted, kind = attention == "bidirectional", self.model.config.model_type  # type: ignore[union-attr]
+        ways: tuple[dict[str, bool], ...] = ({}, {"native": True}, {"native": True, "padded": True})
+        if all(self.sees_ahead(**way) == wanted for way in ways):
+            return
+        set_direction(self.model, causal=not wanted)
+        self._choose_way()
+        if not all(self.sees_ahead(**way) == wanted for way in ways):
+            raise KinvecError(f"{kind}: this architecture does not become {attention}; leave `attention` as it is")
 
 
 def fuse(backbone: Backbone) -> None:
@@ -218,14 +253,24 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
         raise KinvecError(f"lora.targets: {str(error).splitlines()[0]}") from None
 
 
-def merge_lora(backbone: Backbone, adapter: Path | None = None) -> None:
-    """Fold the adapters into the weights; with `adapter`, save them as a PEFT folder first."""
+def load_lora(backbone: Backbone, adapter: Path) -> None:
+    """Put the adapters of a PEFT folder on. Raises `KinvecError` where they do not fit or are not safetensors."""
+    from peft import PeftModel
+
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise KinvecError(f"{adapter}: there are no adapter weights (adapter_model.safetensors)")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            backbone.model = PeftModel.from_pretrained(backbone.model, str(adapter))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise KinvecError(f"{adapter}: the adapter does not fit its base: {str(error).splitlines()[0]}") from None
+
+
+def merge_lora(backbone: Backbone) -> None:
+    """Fold the adapters, if there are any, into the weights."""
     if not hasattr(backbone.model, "merge_and_unload"):
         return
-    if adapter is not None:
-        adapter.mkdir(parents=True, exist_ok=True)
-        with saying_full(adapter, sum(parameter.nbytes for _, parameter in trainable(backbone))):
-            backbone.model.save_pretrained(adapter)  # type: ignore[operator]
     backbone.model = backbone.model.merge_and_unload()  # type: ignore[operator]
 
 

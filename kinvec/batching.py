@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kinvec.contracts import KinvecError
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -63,6 +65,33 @@ def prompt_length(tokenizer: Any, prompt: str, max_length: int) -> int:
     """Tokens of the prompt alone: leading special tokens counted, a trailing one (end of sequence, separator) not."""
     ids = tokenizer([prompt], truncation=True, max_length=max_length, verbose=False)["input_ids"][0]
     return len(ids) - (1 if ids and ids[-1] in tokenizer.all_special_ids else 0)
+
+
+def append_end(tokenizer: Any) -> None:
+    """Let the tokenizer end every text with its end-of-sequence token; cutting a text leaves room for it.
+
+    The rule becomes part of the tokenizer, so whoever reads its files tokenizes alike. Raises `KinvecError` for a
+    tokenizer without such a token, or not of the `tokenizers` library.
+    """
+    from tokenizers import processors
+
+    if tokenizer.eos_token is None or not tokenizer.is_fast:
+        raise KinvecError(
+            f"append_eos: the tokenizer {type(tokenizer).__name__} has no end-of-sequence token to append"
+        )
+    if ends_texts(tokenizer):
+        return
+    end = processors.TemplateProcessing(
+        single="$A [END]", pair="$A [END] $B:1 [END]:1",
+        special_tokens=[{"id": "[END]", "ids": [tokenizer.eos_token_id], "tokens": [tokenizer.eos_token]}],
+    )  # fmt: skip
+    before = tokenizer.backend_tokenizer.post_processor
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([before, end]) if before else end
+
+
+def ends_texts(tokenizer: Any) -> bool:
+    """Whether tokenized texts end with the end-of-sequence token."""
+    return tokenizer.eos_token_id is not None and tokenizer(["a"])["input_ids"][0][-1:] == [tokenizer.eos_token_id]
 
 
 @dataclass(frozen=True)

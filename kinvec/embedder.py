@@ -1,6 +1,6 @@
 """A model folder opened: backbone → pooling → (dense) → normalise. Encode with it, train it, save it.
 
-The folder is a sentence-transformers model plus `kinvec.json` (format, attention, prompts, maximum length, lineage).
+What the folder's files say is in `folder.py`.
 Shapes: n = texts, d = embedding dimensions, T = tokens of a pack.
 """
 
@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -20,36 +19,26 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinvec.backbone import Backbone, fetch, fuse, keep_pages, load_backbone, resolve_device, resolve_precision
-from kinvec.batching import Pack, Tokens, packs, tokenize
+from kinvec.backbone import (
+    Backbone,
+    fetch,
+    fuse,
+    keep_pages,
+    load_backbone,
+    load_lora,
+    merge_lora,
+    resolve_device,
+    resolve_precision,
+)
+from kinvec.batching import Pack, Tokens, append_end, packs, tokenize
 from kinvec.console import progress as progress_bar
 from kinvec.contracts import KinvecError
 from kinvec.files import replace_folder, saying_full
-from kinvec.pooling import POOLINGS, pool
+from kinvec.folder import head_module, optional_json, read_json, read_settings, write_folder
+from kinvec.pooling import POOLINGS, Dense, Normalize, pool
 
-FORMAT = 1
 WINDOW = 8192  # texts sorted by length at a time: enough to fill packs with equal lengths, little enough to hold
 ENCODE_TOKENS = 8192  # tokens a pack when encoding: past the point where larger products are faster on CPUs
-LONGEST_DEFAULT = 512  # where neither folder nor tokenizer names a maximum length
-
-
-class Dense(nn.Module):
-    """A linear layer with an activation after pooling, as sentence-transformers' `Dense`."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool, activation: nn.Module) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs, outputs, bias=bias)
-        self.activation = activation
-
-    def forward(self, x: Float[Tensor, "n a"]) -> Float[Tensor, "n b"]:
-        return self.activation(self.linear(x))
-
-
-class Normalize(nn.Module):
-    """Scale every vector to length 1."""
-
-    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        return nn.functional.normalize(x, dim=-1)
 
 
 class Embedder(nn.Module):
@@ -68,6 +57,7 @@ class Embedder(nn.Module):
         self.lower_case: bool = settings["lower_case"]
         self.similarity: str = settings["similarity"]
         self.lineage: list[dict[str, Any]] = list(settings["lineage"])
+        self.append_eos: bool = settings["append_eos"]
         self.precision = "fp32"
 
     @classmethod
@@ -101,12 +91,8 @@ class Embedder(nn.Module):
 
     @property
     def attention(self) -> str:
-        """`causal` where a token sees only what precedes it, else `bidirectional`."""
-        model: Any = self.backbone.model
-        causal = getattr(model.config, "is_causal", None)
-        if causal is None:  # the class names do not tell: a saved LlamaForCausalLM is a LlamaModel
-            causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
-        return "causal" if causal else "bidirectional"
+        """`causal` where a token sees only what precedes it, else `bidirectional`: measured."""
+        return "bidirectional" if self.backbone.sees_ahead() else "causal"
 
     @property
     def fingerprint(self) -> str:
@@ -132,8 +118,14 @@ class Embedder(nn.Module):
         return vectors
 
     def tokenize(self, texts: Sequence[str], prompt: str = "") -> Tokens:
-        """Token ids of the texts behind `prompt`, cut at the model's maximum length."""
-        return tokenize(self.tokenizer, texts, self.max_length, prompt, not self.include_prompt)
+        """Token ids of the texts behind `prompt`, cut at the model's maximum length.
+
+        Raises `KinvecError` where a text lost the end-of-sequence token that the model's vector is read from.
+        """
+        tokens = tokenize(self.tokenizer, texts, self.max_length, prompt, not self.include_prompt)
+        if self.append_eos and any(row[-1] != self.tokenizer.eos_token_id for row in tokens.ids):
+            raise KinvecError(f"{self.name}: a text lost its end-of-sequence token; was the tokenizer changed?")
+        return tokens
 
     def encode(self, texts: Sequence[str], *, prompt: str = "", progress: bool = True) -> Float[np.ndarray, "n d"]:
         """Vectors of the texts, float32, in their order. `prompt` is put before each."""
@@ -186,11 +178,16 @@ class Embedder(nn.Module):
         beside.mkdir(parents=True)
         try:
             with saying_full(beside, sum(value.nbytes for value in self.state_dict().values())):
-                write_folder(self, beside)
+                write_folder(self, self._unrounded(), beside)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
         replace_folder(beside, final)
+
+    def _unrounded(self) -> nn.Module:
+        """The transformer in float32; opening in bf16 has rounded the weights, so they are read again."""
+        model: Any = self.backbone.model
+        return model if model.dtype == torch.float32 else open_folder(self.name).backbone.model
 
 
 def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Embedder:
@@ -199,7 +196,9 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
 
     keep_pages()
     folder = fetch(str(name_or_folder))
-    modules = _read_json(folder / "modules.json") if (folder / "modules.json").is_file() else None
+    if (folder / "adapter_config.json").is_file() and not (folder / "modules.json").is_file():
+        return _open_adapter(folder, max_length)
+    modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else None
     inner = folder / (modules[0].get("path") or "") if modules else folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(inner, trust_remote_code=False)
@@ -210,129 +209,62 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
         raise KinvecError(f"{inner}: there is no tokenizer ({' or '.join(files)}) beside the model")
     model = load_backbone(inner)
     backbone = Backbone(model, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
-    settings = _settings(folder, inner, modules, model, tokenizer) | {"name": str(name_or_folder)}
+    settings = read_settings(folder, inner, modules, model, tokenizer) | {"name": str(name_or_folder)}
+    if (switched := getattr(model.config, "is_causal", None)) is not None:  # some layers read only their own flag
+        backbone.set_attention("causal" if switched else "bidirectional")
     if max_length is not None:
         settings["max_length"] = min(max_length, settings["max_length"])
     if settings["lower_case"]:
         _lower_case(tokenizer)
-    head = [_head_module(folder, module) for module in (modules or [])[2:]]
+    head = [head_module(folder, module) for module in (modules or [])[2:]]
     return Embedder(backbone, tokenizer, [module for module in head if module is not None], settings)
 
 
-def _settings(folder: Path, inner: Path, modules: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
-    texts = _optional_json(inner / "sentence_bert_config.json")
-    whole = _optional_json(folder / "config_sentence_transformers.json")
-    ours = _optional_json(folder / "kinvec.json")
-    if ours.get("format", FORMAT) > FORMAT:
-        raise KinvecError(
-            f"{folder / 'kinvec.json'}: format {ours['format']} is newer than this kinvec; upgrade kinvec"
+def _open_adapter(folder: Path, max_length: int | None) -> Embedder:
+    """A PEFT folder: its base model with the adapters merged in, and what `kinvec.json` beside them says."""
+    ours, config = optional_json(folder / "kinvec.json"), read_json(folder / "adapter_config.json")
+    base = ours.get("base") or config.get("base_model_name_or_path")
+    if not base:
+        raise KinvecError(f"{folder / 'adapter_config.json'}: names no base model (base_model_name_or_path)")
+    embedder = open_folder(base, max_length)
+    load_lora(embedder.backbone, folder)
+    merge_lora(embedder.backbone)
+    if ours:
+        configure(embedder, ours["attention"], ours["pooling"], ours["append_eos"])
+        embedder.prompts, embedder.include_prompt, embedder.lineage = (
+            ours[key] for key in ("prompts", "include_prompt", "lineage")
         )
-    pooling, include_prompt = _pooling(folder, modules, model)
-    limits = [texts.get("max_seq_length"), tokenizer.model_max_length, _positions(model)]
-    known = [int(limit) for limit in limits if limit is not None and limit < 10**9]
-    return {
-        "pooling": pooling,
-        "include_prompt": include_prompt,
-        "prompts": _prompts(whole),
-        "max_length": min(known) if known else LONGEST_DEFAULT,
-        "lower_case": bool(texts.get("do_lower_case")),
-        "similarity": whole.get("similarity_fn_name") or "cosine",
-        "lineage": ours.get("lineage", []),
-    }
+        embedder.max_length = min(embedder.max_length, ours["max_length"])
+        if ours["normalize"] and not any(isinstance(module, Normalize) for module in embedder.head):
+            embedder.head.append(Normalize())
+    embedder.name = str(folder)
+    return embedder
 
 
-def _prompts(whole: dict[str, Any]) -> dict[str, str]:
-    """The prompts by name. A default prompt serves both sides; documents may have theirs as `passage` or `corpus`."""
-    prompts = {key: text for key, text in (whole.get("prompts") or {}).items() if text}
-    default = prompts.get(whole.get("default_prompt_name"))
-    document = prompts.pop("passage", None) or prompts.pop("corpus", None)
-    both = {"query": default, "document": default} if default else {}
-    return both | ({"document": document} if document else {}) | prompts
+def configure(
+    embedder: Embedder,
+    attention: str | None = None,
+    pooling: Sequence[str] | None = None,
+    append_eos: bool | None = None,
+) -> None:
+    """Change what a model is before it is trained; None leaves it.
 
-
-def _positions(model: Any) -> int | None:
-    """The longest text the position embeddings allow; learned tables after the padding index lose its places."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is None or positions <= 0:
-        return None
-    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    return int(positions) - (padding + 1 if padding is not None else 0)
-
-
-POOLING_FLAGS = {  # pooling mode → its flag in `1_Pooling/config.json`
-    "cls": "pooling_mode_cls_token",
-    "max": "pooling_mode_max_tokens",
-    "mean": "pooling_mode_mean_tokens",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-    "weightedmean": "pooling_mode_weightedmean_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-}
-KNOWN_MODULES = {"Transformer", "Pooling", "Dense", "Normalize", "Dropout"}
-
-
-def _pooling(folder: Path, modules: Any, model: Any) -> tuple[tuple[str, ...], bool]:
-    if modules is None:  # a plain model: as sentence-transformers, the last token of a causal decoder, else the mean
-        architecture = (getattr(model.config, "architectures", None) or [""])[0]
-        causal = architecture.endswith("ForCausalLM") and getattr(model.config, "is_causal", True)
-        return ("lasttoken",) if causal else ("mean",), True
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    unknown = [kind for kind in kinds if kind not in KNOWN_MODULES]
-    if unknown or kinds[:2] != ["Transformer", "Pooling"]:
-        what = unknown[0] if unknown else " → ".join(kinds)
-        raise KinvecError(
-            f"{folder / 'modules.json'}: module '{what}' is not supported ({', '.join(sorted(KNOWN_MODULES))} are)"
-        )
-    config = _read_json(folder / modules[1]["path"] / "config.json")
-    modes = config.get("pooling_mode")
-    if modes is None:
-        modes = [mode for mode, flag in POOLING_FLAGS.items() if config.get(flag)]
-    chosen = (modes,) if isinstance(modes, str) else tuple(modes or ("mean",))
-    if any(mode not in POOLINGS for mode in chosen):
-        raise KinvecError(f"{folder / modules[1]['path']}: unknown pooling {chosen}; known are {', '.join(POOLINGS)}")
-    return chosen, bool(config.get("include_prompt", True))
-
-
-def _head_module(folder: Path, module: dict[str, Any]) -> nn.Module | None:
-    kind, place = module["type"].rsplit(".", 1)[-1], folder / module["path"]
-    if kind == "Normalize":
-        return Normalize()
-    return _dense(place) if kind == "Dense" else None  # Dropout is for training only
-
-
-def _dense(place: Path) -> Dense:
-    file = place / "config.json"
-    config = _read_json(file)
-    activation = config.get("activation_function") or "torch.nn.modules.linear.Identity"
-    name = activation.rsplit(".", 1)[-1]
-    if not activation.startswith("torch.nn.modules.") or name not in nn.modules.__all__:
-        raise KinvecError(f"{file}: activation '{activation}' is not one of torch's own; it is not run")
-    if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
-        raise KinvecError(f"{file}: a Dense with a residual, or on another input than the embedding, is not supported")
-    weights = {key.removeprefix("linear."): value for key, value in _tensors(place).items()}
-    try:
-        dense = Dense(config["in_features"], config["out_features"], config.get("bias", True), getattr(nn, name)())
-        dense.linear.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise KinvecError(f"{file}: does not describe the weights beside it ({reason})") from None
-    return dense
-
-
-def _tensors(place: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    weights, old = place / "model.safetensors", place / "pytorch_model.bin"
-    try:
-        if weights.is_file():
-            return load_file(weights)
-        if old.is_file():  # small, and read as tensors only: nothing in it is run
-            return torch.load(old, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise KinvecError(f"{place}: the weights are damaged, cut short or not tensors alone ({reason})") from None
-    raise KinvecError(f"{place}: no weights (model.safetensors)")
+    A decoder made bidirectional is pooled by the mean unless another pooling is named, and one whose last token is
+    pooled ends its texts with the end-of-sequence token. Raises `KinvecError` for what the model cannot be.
+    """
+    if attention is not None:
+        embedder.backbone.set_attention(attention)
+        if attention == "bidirectional" and embedder.pooling == ("lasttoken",) and pooling is None:
+            pooling = ("mean",)
+    if pooling is not None:
+        if unknown := [mode for mode in pooling if mode not in POOLINGS]:
+            raise KinvecError(f"pooling '{unknown[0]}' is unknown; known are {', '.join(POOLINGS)}")
+        if len(pooling) != len(embedder.pooling) and any(isinstance(module, Dense) for module in embedder.head):
+            raise KinvecError(f"{embedder.name}: its dense layer takes {len(embedder.pooling)} poolings; keep as many")
+        embedder.pooling = tuple(pooling)
+    if append_eos or (append_eos is None and pooling is not None and "lasttoken" in pooling):
+        append_end(embedder.tokenizer)
+        embedder.append_eos = True
 
 
 def _lower_case(tokenizer: Any) -> None:
@@ -341,108 +273,3 @@ def _lower_case(tokenizer: Any) -> None:
 
     backend = tokenizer.backend_tokenizer
     backend.normalizer = Chain([Lowercase(), backend.normalizer]) if backend.normalizer else Lowercase()
-
-
-def write_folder(embedder: Embedder, folder: Path) -> None:
-    """All files of the model folder: weights, tokenizer, modules, prompts, and `kinvec.json` last."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model: Any = embedder.backbone.model
-    if model.dtype != torch.float32:  # opened in bf16, which has rounded the weights: they are read again
-        model = open_folder(embedder.name).backbone.model
-    model.save_pretrained(folder, safe_serialization=True)
-    if embedder.tokenizer.pad_token is None:
-        embedder.tokenizer.pad_token = embedder.tokenizer.eos_token
-    if embedder.tokenizer.is_fast:  # what the last call left in it is no property of the model
-        embedder.tokenizer.backend_tokenizer.no_truncation()
-    embedder.tokenizer.save_pretrained(folder)
-    kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    kinds += [
-        (f"{place}_{type(module).__name__}", type(module).__name__) for place, module in enumerate(embedder.head, 2)
-    ]
-    modules = [
-        {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for place, (path, kind) in enumerate(kinds)
-    ]
-    _write_json(
-        folder / "sentence_bert_config.json",
-        {"max_seq_length": embedder.max_length, "do_lower_case": embedder.lower_case},
-    )
-    _write_json(folder / "1_Pooling" / "config.json", _pooling_config(embedder))
-    for (path, _), module in zip(kinds[2:], embedder.head, strict=True):
-        (folder / path).mkdir()
-        if isinstance(module, Dense):
-            _write_dense(folder / path, module)
-    _write_json(folder / "modules.json", modules)
-    versions = _versions()
-    prompts = {"query": "", "document": ""} | embedder.prompts
-    _write_json(
-        folder / "config_sentence_transformers.json",
-        {
-            "__version__": versions,
-            "prompts": prompts,
-            "default_prompt_name": None,
-            "similarity_fn_name": embedder.similarity,
-        },
-    )
-    _write_json(
-        folder / "kinvec.json",
-        {
-            "format": FORMAT,
-            "attention": embedder.attention,
-            "prompts": embedder.prompts,
-            "max_length": embedder.max_length,
-            "lineage": embedder.lineage,
-        },
-    )
-
-
-def _pooling_config(embedder: Embedder) -> dict[str, Any]:
-    """The pooling as flags, the spelling that every version of sentence-transformers reads."""
-    chosen = {flag: mode in embedder.pooling for mode, flag in POOLING_FLAGS.items()}
-    return {"word_embedding_dimension": embedder.backbone.width, **chosen, "include_prompt": embedder.include_prompt}
-
-
-def _write_dense(place: Path, dense: Dense) -> None:
-    from safetensors.torch import save_file
-
-    save_file(
-        {f"linear.{key}": value.contiguous() for key, value in dense.linear.state_dict().items()},
-        place / "model.safetensors",
-    )
-    kind = type(dense.activation)
-    config: dict[str, Any] = {"in_features": dense.linear.in_features, "out_features": dense.linear.out_features}
-    config |= {"bias": dense.linear.bias is not None, "activation_function": f"{kind.__module__}.{kind.__name__}"}
-    _write_json(place / "config.json", config)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    names = {"sentence_transformers": "sentence-transformers", "transformers": "transformers", "pytorch": "torch"}
-    found = {}
-    for key, package in names.items():
-        try:
-            found[key] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise KinvecError(f"{path}: the file is missing from the model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise KinvecError(f"{path}: not valid JSON ({error})") from None
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.is_file() else {}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -24,7 +24,7 @@ from kinvec.card import write_card
 from kinvec.config import differences, dump
 from kinvec.console import say
 from kinvec.contracts import KinvecError, RetrievalData
-from kinvec.embedder import Embedder, Normalize, open_folder
+from kinvec.embedder import Embedder, configure, open_folder
 from kinvec.files import (
     Table,
     content_fingerprint,
@@ -34,7 +34,9 @@ from kinvec.files import (
     write_json,
     write_text,
 )
+from kinvec.folder import save_adapter
 from kinvec.objectives import make_objective
+from kinvec.pooling import Normalize
 from kinvec.recipe import Recipe
 from kinvec.sampling import as_retrieval, hold_out, pair_source
 from kinvec.trainer import fit
@@ -159,6 +161,8 @@ def open_model(recipe: Recipe) -> Embedder:
     device = resolve_device(recipe.device)
     embedder = open_folder(recipe.model, recipe.data.max_length)
     embedder.precision = resolve_precision(recipe.precision, device)
+    pooling = [recipe.pooling] if isinstance(recipe.pooling, str) else recipe.pooling
+    configure(embedder, recipe.attention, pooling, recipe.append_eos)
     embedder.prompts |= recipe.prompts
     if recipe.pool_prompt is not None:
         embedder.include_prompt = recipe.pool_prompt
@@ -326,7 +330,9 @@ def _train(recipe: Recipe, folder: Path, embedder: Embedder, objective: Any, dat
     trained = fit(
         embedder, objective, source, recipe.trainer, folder, evaluate if dev is not None else None, recipe.seed
     )
-    merge_lora(embedder.backbone, folder / "adapter" if recipe.lora.rank else None)
+    if recipe.lora.rank:
+        save_adapter(embedder, folder / "adapter", recipe.model)
+    merge_lora(embedder.backbone)
     embedder.lineage.append(_lineage(recipe, data, embedder, trained))
     embedder.save(folder / "model")
     write_json(done, trained)

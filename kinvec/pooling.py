@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 Hidden = Float[Tensor, "T h"]
 Places = Int[Tensor, " n"]
@@ -93,3 +93,22 @@ def pool(
         extra = {"first": first} if mode == "weightedmean" else {}
         vectors.append(POOLINGS[mode](hidden, starts, lengths, **extra))
     return torch.cat(vectors, dim=1)
+
+
+class Dense(nn.Module):
+    """A linear layer with an activation after pooling, as sentence-transformers' `Dense`."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, activation: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs, bias=bias)
+        self.activation = activation
+
+    def forward(self, x: Float[Tensor, "n a"]) -> Float[Tensor, "n b"]:
+        return self.activation(self.linear(x))
+
+
+class Normalize(nn.Module):
+    """Scale every vector to length 1."""
+
+    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        return nn.functional.normalize(x, dim=-1)

@@ -38,6 +38,12 @@ class Recipe(Settings):
     """Upload the finished model folder under this name."""
     prompts: dict[str, str] = {}
     """Put before every query and document, and kept with the model: `{query: "query: ", document: "passage: "}`."""
+    attention: Literal["causal", "bidirectional"] | None = None
+    """Let a decoder see the whole text (`bidirectional`) or only what precedes (`causal`); unset, as the model is."""
+    pooling: str | list[str] | None = None
+    """Token vectors to one: mean, cls, lasttoken, weightedmean, max, or several, joined; unset, as the model is."""
+    append_eos: bool | None = None
+    """End every text with the end-of-sequence token; unset, where `pooling` is set to `lasttoken`."""
     pool_prompt: bool | None = None
     """Whether the prompt's tokens count in pooling; unset, as the model says."""
     data: DataSettings = Field(default_factory=DataSettings)

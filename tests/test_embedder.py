@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from tiny_models import VOCABULARY, save_plain, tokenizer_of
 from torch import nn
 
-import kinvec.embedder
+import kinvec.folder
 from kinvec import Embedder
 from kinvec.backbone import find_model
 from kinvec.contracts import Encoder, KinvecError
@@ -348,10 +348,10 @@ def test_a_save_that_fails_leaves_the_old_folder(
     if failing == "tokenizer":
         monkeypatch.setattr(ours.tokenizer, "save_pretrained", full)
     else:
-        write = kinvec.embedder._write_json
+        write = kinvec.folder.write_json
         monkeypatch.setattr(
-            kinvec.embedder,
-            "_write_json",
+            kinvec.folder,
+            "write_json",
             lambda path, value: full() if path.name == "kinvec.json" else write(path, value),
         )
     with pytest.raises((OSError, KeyboardInterrupt)):
