@@ -311,3 +311,31 @@ def test_vectors_score_as_the_model_does(shared_data: Path, tmp_path: Path) -> N
     assert stored.metrics == direct.metrics and stored.baselines == direct.baselines
     assert stored.per_query["top_ids"] == direct.per_query["top_ids"]
     assert tasks.load_result(tmp_path / "out") == direct
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_nemos_files_in_and_nemos_layout_out(texts: Path, tmp_path: Path) -> None:
+    """Query rows and document rows as NeMo documents them; its folder is scored by the query rows' doc_id."""
+    docs = tmp_path / "test_docs.jsonl"
+    rows = map(json.loads, (texts / "docs.jsonl").read_text().splitlines())
+    docs.write_text(lines_of({"pos_doc": row["text"], "doc_id": row["doc_id"]} for row in rows))
+    queries, folder = texts / "queries.jsonl", tmp_path / "v"
+    embed(MINILM, folder, queries=queries, docs=docs, precision="fp32")
+    embed(MINILM, folder, queries=queries, docs=docs, precision="fp32", layout="nemo")  # a finished folder gets it too
+    theirs = folder / "consumed_samples0"
+    assert sorted(str(p.relative_to(theirs)) for p in theirs.rglob("*.*")) == [
+        "test_docs/doc.ids", "test_docs/doc.npy", "test_queries/query.ids", "test_queries/query.npy",
+    ]  # fmt: skip
+    for name in ("test_docs/doc", "test_queries/query"):
+        for suffix in (".npy", ".ids"):
+            ours = folder / (name.split("/")[1] + suffix)
+            assert (theirs / (name + suffix)).read_bytes() == ours.read_bytes()
+    alone = tmp_path / "elsewhere"
+    theirs.rename(alone)
+    (alone / "test_docs").rename(alone / "test_doc")  # as its code names it
+    ours = evaluate(embeddings=folder, measures=["RR@10", "nDCG@10"])
+    assert evaluate(embeddings=alone, data=queries, measures=["RR@10", "nDCG@10"]).metrics == ours.metrics
+    with pytest.raises(KinvecError, match="has no judgements"):
+        evaluate(embeddings=alone)
+    with pytest.raises(RecipeError, match="layout 'nim' is unknown; known are kinvec and nemo"):
+        embed(MINILM, folder, queries=queries, layout="nim")

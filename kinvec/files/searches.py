@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kinvec.contracts import Corpus, PairData, Qrels, RetrievalData
+from kinvec.contracts import Corpus, KinvecError, LabelledData, PairData, Problem, Qrels, RetrievalData
 from kinvec.files import beir
 from kinvec.files.arrow import ArrowStrings, cached_table, fingerprint_of
 from kinvec.files.forms import Form, form_of, records_of
@@ -15,7 +15,7 @@ from kinvec.files.problems import BadValue, DataError, Notes
 from kinvec.files.roles import ALIASES, KNOWN_COLUMNS, NEEDED, sample_of
 from kinvec.files.rows import Row, as_list, checked_text, ids_of, number_of
 from kinvec.files.sources import existing
-from kinvec.files.table import Table, open_data
+from kinvec.files.table import Table, detect_kind, open_data
 from kinvec.files.writing import text_id
 
 
@@ -104,6 +104,40 @@ def open_pairs(source: str | Path, *, split: str = "test", columns: Mapping[str,
     return PairData(first, second, scores, table.fingerprint, name=Path(source).stem, split=split)
 
 
+def open_labelled(source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None) -> LabelledData:
+    """Labelled texts, and those of the split `train` beside them for classifiers to learn from.
+
+    Raises `KinvecError` where there is no such split, or it is the one to be judged.
+    """
+    table = open_data(source, split=split, kind="labelled", columns=columns)
+    remedy = "give a folder or data set with a train split, such as train.csv beside test.csv"
+    if split == "train" or Path(source).expanduser().is_file():
+        raise KinvecError(f"{source}: labelled texts are judged by classifiers that learn from others; {remedy}")
+    training = open_data(source, split="train", kind="labelled", columns=columns)
+    if training.fingerprint == table.fingerprint:
+        raise KinvecError(f"{source}: the training texts are the ones to be judged; {remedy}")
+    key = fingerprint_of(table.fingerprint, training.fingerprint)
+    texts, training_texts = (ArrowStrings(part.arrow, "text") for part in (table, training))
+    labels, training_labels = (ArrowStrings(part.arrow, "label") for part in (table, training))
+    return LabelledData(texts, labels, training_texts, training_labels, key, name=Path(source).stem, split=split)
+
+
+OPENERS: dict[str, Callable[..., Problem]] = {
+    "retrieval": open_retrieval, "pairs": open_pairs, "labelled": open_labelled,
+}  # fmt: skip
+
+
+def open_problem(source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None) -> Problem:
+    """What a model can be measured on, whichever kind it is. Raises `KinvecError` for plain texts."""
+    kind = detect_kind(source, split=split)
+    if kind not in OPENERS:
+        raise KinvecError(
+            f"{source} holds {kind}, which cannot be scored; give judged queries and documents, scored pairs, or "
+            "labelled texts"
+        )
+    return OPENERS[kind](source, split=split, columns=columns)
+
+
 def read_queries(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, str]]:
     """(id, text) of every query of a source, in its order, streamed.
 
@@ -165,7 +199,8 @@ QUERIES = _Side(
     (("query_id", "query"),), False,
 )  # fmt: skip
 DOCUMENTS = _Side(
-    "corpus.jsonl", ("_id", "doc_id", "docid", "id"), ("text", "doc", "document", "passage", "contents", "sentence"),
+    "corpus.jsonl", ("_id", "doc_id", "docid", "id"),
+    ("text", "doc", "document", "passage", "contents", "sentence", "pos_doc"),
     (("pos_id", "pos_doc"), ("neg_id", "neg_doc")), True,
 )  # fmt: skip
 

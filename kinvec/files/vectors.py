@@ -200,6 +200,37 @@ def _join(parts: Sequence[Path], target: Path) -> None:
     os.replace(beside, target)
 
 
+# --- NeMo's layout ----------------------------------------------------------------------------------------------------
+
+NEMO_SIDES = {"query": ("test_queries",), "doc": ("test_docs", "test_doc")}  # its code and its documentation differ
+
+
+def write_nemo_layout(folder: Path, rows: Mapping[str, int], consumed_samples: int) -> Path:
+    """The same vectors as NeMo's GPT embedding model writes them, beside ours: one file a side, under its names.
+
+    `consumed_samples<N>/test_queries/query.{npy,ids}` and `…/test_docs/doc.{npy,ids}`; N counts training samples.
+    """
+    final = folder / f"consumed_samples{consumed_samples}"
+    beside = beside_path(final)
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        for side, n in rows.items():
+            place = beside / NEMO_SIDES[side][0]
+            place.mkdir(parents=True)
+            _join([folder / name for name in shard_names(side, n)], place / f"{side}.npy")
+            shutil.copyfile(folder / f"{side}.ids", place / f"{side}.ids")
+        return replace_folder(beside, final)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _side_folder(folder: Path, side: str) -> Path:
+    """Where a side's files are: in the folder itself, or in a subfolder of NeMo's names."""
+    places = [folder, *(folder / name for name in NEMO_SIDES[side])]
+    places += [inner / name for inner in sorted(folder.glob("consumed_samples*")) for name in NEMO_SIDES[side]]
+    return next((place for place in places if (place / f"{side}.ids").exists()), folder)
+
+
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -212,13 +243,14 @@ class Vectors:
 
 
 def open_vectors(folder: str | Path, side: str) -> Vectors:
-    """`side` (query or doc) of an embeddings folder, ours or made by other means (files alone, without a manifest).
+    """`side` (query or doc) of an embeddings folder: ours, NeMo's, or made by other means (files without a manifest).
 
     Raises `KinvecError` where it is unfinished or a file is missing, is no array of rows or does not match its ids.
     """
     folder = Path(folder)
     if (folder / PROGRESS).exists() and not (folder / MANIFEST).exists():
         raise KinvecError(f"{folder} is not finished; run the same kinvec embed again, it continues")
+    folder = _side_folder(folder, side)
     paths = [folder / f"{side}.npy"] if (folder / f"{side}.npy").exists() else sorted(folder.glob(f"{side}-*.npy"))
     if not paths or not (folder / f"{side}.ids").exists():
         raise KinvecError(f"{folder} has no vectors of the {side} side ({side}.npy and {side}.ids); run kinvec embed")

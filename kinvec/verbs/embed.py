@@ -20,6 +20,7 @@ def embed(
     *,
     queries: str | Path | None = None,
     docs: str | Path | None = None,
+    layout: str = "kinvec",
     force: bool = False,
     precision: str = "auto",
     device: str = "auto",
@@ -28,7 +29,8 @@ def embed(
     """Embed `queries` and `docs` (one may be absent) into the folder `out`, and return its manifest.
 
     The same call continues a folder that was begun, and leaves a finished one as it is; `force` starts afresh. Memory
-    does not grow with the number of texts. Raises `KinvecError` if a source is wrong, if `out` holds other things, or
+    does not grow with the number of texts. With `layout="nemo"` the vectors are there a second time, as NeMo's GPT
+    embedding model writes them. Raises `KinvecError` if a source is wrong, if `out` holds other things, or
     if it was begun with another model, other texts or other settings.
     """
     from kinvec.backbone import set_threads
@@ -36,6 +38,8 @@ def embed(
     from kinvec.contracts import RecipeError
     from kinvec.files import read_documents, read_judgements, read_queries, vectors
 
+    if layout not in LAYOUTS:
+        raise RecipeError(f"layout '{layout}' is unknown; known are {' and '.join(LAYOUTS)}")
     given = {"query": (queries, read_queries), "doc": (docs, read_documents)}
     sources = {side: (source, read) for side, (source, read) in given.items() if source is not None}
     if not sources:
@@ -56,13 +60,28 @@ def embed(
         vectors.refuse_changed(folder, state, _settings(embedder, content))
         if state.pop("finished"):
             say(f"{folder} is finished: the same model, texts and settings; --force makes it again")
+            _lay_out(folder, layout, state, embedder)
             return state
         say(f"continuing {folder}")
     encode: dict[str, Callable[..., Any]] = {"query": embedder.encode_queries, "doc": embedder.encode_documents}
     for side, (source, read) in sources.items():
         n = state["rows"][side]
         vectors.write_side(folder, side, n, read(source), encode[side], _teller(side, n))
-    return vectors.finish(folder, state, _about(embedder, model))
+    manifest = vectors.finish(folder, state, _about(embedder, model))
+    _lay_out(folder, layout, manifest, embedder)
+    return manifest
+
+
+LAYOUTS = ("kinvec", "nemo")
+
+
+def _lay_out(folder: Path, layout: str, manifest: dict[str, Any], embedder: Embedder) -> None:
+    from kinvec.files import vectors
+
+    if layout == "nemo":
+        stages = [stage for stage in embedder.lineage if "trainer" in stage.get("recipe", {})]
+        samples = sum(stage["metrics"]["steps"] * stage["recipe"]["trainer"]["batch_size"] for stage in stages)
+        vectors.write_nemo_layout(folder, manifest["rows"], samples)
 
 
 def _load(model: str | Path, precision: str, device: str) -> Embedder:
@@ -129,6 +148,7 @@ def command(
     out: Annotated[Path, typer.Option(help="The folder to write vectors, ids and manifest.json into.")],
     queries: Annotated[str | None, typer.Option(help="A file of queries, embedded with the query prompt.")] = None,
     docs: Annotated[str | None, typer.Option(help="A file of documents, embedded with the document prompt.")] = None,
+    layout: Annotated[str, typer.Option(help="kinvec, or nemo: a second copy under NeMo's names.")] = "kinvec",
     force: Annotated[bool, typer.Option("--force", help="Start afresh, deleting the vectors in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware has it.")] = "auto",
@@ -140,8 +160,9 @@ def command(
     The same command continues a folder that was stopped half-way. `kinvec evaluate --embeddings` scores the folder.
     """
     manifest = embed(
-        model, out, queries=queries, docs=docs, force=force, precision=precision, device=device, threads=threads
-    )
+        model, out, queries=queries, docs=docs, layout=layout, force=force, precision=precision, device=device,
+        threads=threads,
+    )  # fmt: skip
     if as_json:
         print(json.dumps(manifest, indent=2, ensure_ascii=False))
         return

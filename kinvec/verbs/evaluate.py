@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from kinvec.contracts import PairData, Result, RetrievalData
+    from kinvec.contracts import PairData, Qrels, Result, RetrievalData
 
 
 def evaluate(
@@ -46,11 +46,11 @@ def evaluate(
     if out is not None:
         tasks.refuse_foreign(Path(out))
     set_threads(threads)
-    opened = _open(data, split) if data is not None else None
     if embeddings is not None:
-        result = _score_vectors(Path(embeddings), opened, chosen)
+        result = _score_vectors(Path(embeddings), data, split, chosen)
     else:
-        result = _score_model(str(model), opened, chosen, precision, device)
+        assert data is not None
+        result = _score_model(str(model), _open(data, split), chosen, precision, device)
     if out is not None:
         tasks.save_result(result, out)
     return result
@@ -71,13 +71,12 @@ def _open(data: str | Path, split: str) -> RetrievalData | PairData:
 
 
 def _score_model(
-    model: str, data: RetrievalData | PairData | None, measures: Sequence[str], precision: str, device: str
+    model: str, data: RetrievalData | PairData, measures: Sequence[str], precision: str, device: str
 ) -> Result:
     from kinvec import tasks
     from kinvec.contracts import PairData, RecipeError
     from kinvec.embedder import Embedder
 
-    assert data is not None
     if model.lower() == "bm25":
         if isinstance(data, PairData):
             raise RecipeError("bm25 searches; it does not score pairs of texts. Name a model")
@@ -88,23 +87,24 @@ def _score_model(
     return tasks.retrieval(data, embedder, measures)
 
 
-def _score_vectors(folder: Path, data: RetrievalData | PairData | None, measures: Sequence[str]) -> Result:
+def _score_vectors(folder: Path, source: str | Path | None, split: str, measures: Sequence[str]) -> Result:
     from kinvec import tasks
-    from kinvec.contracts import Corpus, KinvecError, PairData, RetrievalData
-    from kinvec.files import content_fingerprint, vectors
+    from kinvec.contracts import KinvecError, PairData
+    from kinvec.files import vectors
 
-    if isinstance(data, PairData):
-        raise KinvecError("an embeddings folder is scored by judged queries; scored pairs need --model")
     queries, documents = vectors.open_vectors(folder, "query"), vectors.open_vectors(folder, "doc")
     said = vectors.read_state(folder) or {}
-    baselines = {"BM25": tasks.bm25(data, measures).metrics} if data is not None else {}
-    if data is None:
-        qrels = vectors.open_judgements(folder)
-        if qrels is None:
-            raise KinvecError(f"{folder} has no judgements (qrels.tsv); add --data with judged queries")
-        key = content_fingerprint((folder / "qrels.tsv").read_bytes() + (folder / "doc.ids").read_bytes())
-        texts = dict.fromkeys(qrels, "")  # the folder holds vectors and ids, no texts
-        data = RetrievalData(Corpus(documents.ids, [""] * len(documents.ids)), texts, qrels, key, folder.name, "")
+    qrels = _judged_queries(source) if source is not None else vectors.open_judgements(folder)
+    baselines = {}
+    if qrels:
+        data = _without_texts(folder, documents.ids, qrels)
+    elif source is None:
+        raise KinvecError(f"{folder} has no judgements (qrels.tsv); add --data with judged queries")
+    else:
+        opened = _open(source, split)
+        if isinstance(opened, PairData):
+            raise KinvecError("an embeddings folder is scored by judged queries; scored pairs need --model")
+        data, baselines = opened, {"BM25": tasks.bm25(opened, measures).metrics}
     result = tasks.from_vectors(
         data, (queries.ids, queries.shards), (documents.ids, documents.shards), measures,
         similarity=said.get("similarity", "dot"),
@@ -112,6 +112,34 @@ def _score_vectors(folder: Path, data: RetrievalData | PairData | None, measures
     result.model, result.prompts = said.get("model", str(folder)), said.get("prompts", {})
     result.baselines = baselines
     return result
+
+
+def _judged_queries(source: str | Path) -> Qrels | None:
+    """The judgements of a file of query rows that name their documents (`query_id`, `doc_id`) and hold no documents."""
+    from kinvec.contracts import KinvecError
+    from kinvec.files import detect_kind, read_judgements
+
+    if not Path(source).is_file():
+        return None
+    try:
+        detect_kind(source)
+        return None
+    except KinvecError:
+        qrels: Qrels = {}
+        for query, document, grade in read_judgements(source):
+            qrels.setdefault(query, {})[document] = grade
+        return qrels or None
+
+
+def _without_texts(folder: Path, documents: Sequence[str], qrels: Qrels) -> RetrievalData:
+    """What can be scored of vectors and judgements alone: ids, no texts."""
+    from kinvec.contracts import Corpus, RetrievalData
+    from kinvec.files import content_fingerprint
+
+    key = content_fingerprint(json.dumps([qrels, list(documents)]).encode())
+    return RetrievalData(
+        Corpus(documents, [""] * len(documents)), dict.fromkeys(qrels, ""), qrels, key, folder.name, ""
+    )
 
 
 def command(
