@@ -47,6 +47,9 @@ ALLOWED = {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     )),
+    *(("torch.distributed.checkpoint.planner", name) for name in (  # Megatron Core keeps the plan of the save, too
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
+    )),
 }  # fmt: skip
 
 
@@ -91,7 +94,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        _write_tensors(beside, tensors)
+        write_state(beside, tensors)
         checksums = {path.name: _checksum(path) for path in sorted(beside.iterdir())}
         manifest = {"format": 1, "step": step, "files": checksums, "values": dict(values)}
         with open(beside / MANIFEST, "w", encoding="utf-8") as file:
@@ -107,10 +110,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    with saying_full(folder, sum(tensor.nbytes for tensor in tensors.values())), _one_process():
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors (and other values) by name as a torch distributed checkpoint of one process into the folder."""
+    with saying_full(folder, sum(getattr(value, "nbytes", 0) for value in state.values())), _one_process():
         try:
-            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+            dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
         except CheckpointException as error:  # it wraps what the one rank met
             cause, _ = next(iter(error.failures.values()))
             raise cause from None

@@ -20,6 +20,7 @@ VERBS = {
     "report": "Turn a run into one HTML page.",
     "search": "Ask a question and see what the base and the tuned model answer.",
     "embed": "Turn queries and documents into a folder of vectors.",
+    "convert": "Turn a BERT model folder into NVIDIA NeMo's .nemo, or a .nemo into a folder.",
     "info": "Say what a model folder is.",
 }
 
