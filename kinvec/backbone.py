@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kinvec.attention import fuse_projections, install, packed, set_direction
 from kinvec.batching import Pack, Tokens, pack
 from kinvec.config import Settings
+from kinvec.console import say
 from kinvec.contracts import KinvecError
 
 POSITIONS_AFTER_PADDING = {  # families whose first position is the padding index + 1 (RoBERTa's convention)
@@ -123,6 +124,69 @@ def load_backbone(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module
         raise KinvecError(f"{folder}: the weights lack {len(missing)} tensors, {missing[0]} among them")
     model.config.use_cache = False
     return model
+
+
+class _Hidden:
+    """What the inner model of a language model returns, with hidden states and nothing else in it."""
+
+    def __init__(self, states: Float[Tensor, "1 m h"]) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class LanguageHead(nn.Module):
+    """What turns a transformer's hidden states into predictions of tokens, with the weights it was pre-trained with."""
+
+    def __init__(self, whole: nn.Module) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, hidden: Float[Tensor, "m h"]) -> Float[Tensor, "m V"]:
+        """Logits. The model computes them itself (scales, caps, transforms), from our hidden states for its own."""
+        from transformers import PreTrainedModel
+
+        given = _Hidden(hidden[None])
+        base: Any = self.whole.base_model
+        inner = [base, *(part for part in base.children() if isinstance(part, PreTrainedModel))]  # OPT asks its decoder
+        try:
+            for part in inner:
+                part.forward = lambda *_, **__: given
+            place = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            return self.whole(input_ids=place, use_cache=False).logits[0]
+        finally:
+            for part in inner:
+                del part.forward
+
+
+def language_head(folder: Path, model: nn.Module) -> LanguageHead:
+    """The prediction head of a folder's language model on top of `model`, its transformer already opened.
+
+    Embeddings are shared with the head where the model ties them. A folder without a head's weights gives a new one,
+    and says so. Raises `KinvecError` for an architecture that has no language model.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+    )
+
+    config: Any = model.config
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    if not masked and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise KinvecError(f"{folder}: {config.model_type} has no language model to train; use a contrastive objective")
+    kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    whole, info = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    if new := [key for key in info["missing_keys"] if "pooler" not in key]:
+        say(f"{folder}: there is no trained prediction head here; {len(new)} tensors of it begin anew ({new[0]}, …)")
+    setattr(whole, whole.base_model_prefix, model)
+    whole.tie_weights()
+    return LanguageHead(whole.train(model.training))
 
 
 class Backbone(nn.Module):

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from kinvec.backbone import (
     Backbone,
+    LanguageHead,
     fetch,
     fuse,
     keep_pages,
+    language_head,
     load_backbone,
     load_lora,
     merge_lora,
@@ -59,6 +61,7 @@ class Embedder(nn.Module):
         self.lineage: list[dict[str, Any]] = list(settings["lineage"])
         self.append_eos: bool = settings["append_eos"]
         self.precision = "fp32"
+        self.language: LanguageHead | None = None
 
     @classmethod
     def load(
@@ -185,8 +188,11 @@ class Embedder(nn.Module):
         replace_folder(beside, final)
 
     def _unrounded(self) -> nn.Module:
-        """The transformer in float32; opening in bf16 has rounded the weights, so they are read again."""
-        model: Any = self.backbone.model
+        """What is saved: the transformer, with its prediction head where it has been trained as a language model.
+
+        In float32: opening in bf16 has rounded the weights, so they are read again.
+        """
+        model: Any = self.language.whole if self.language else self.backbone.model
         return model if model.dtype == torch.float32 else open_folder(self.name).backbone.model
 
 
@@ -196,9 +202,9 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
 
     keep_pages()
     folder = fetch(str(name_or_folder))
-    if (folder / "adapter_config.json").is_file() and not (folder / "modules.json").is_file():
+    if (folder / "adapter_config.json").is_file() and not _has_modules(folder):
         return _open_adapter(folder, max_length)
-    modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else None
+    modules = read_json(folder / "modules.json") if _has_modules(folder) else None
     inner = folder / (modules[0].get("path") or "") if modules else folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(inner, trust_remote_code=False)
@@ -220,6 +226,10 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
     return Embedder(backbone, tokenizer, [module for module in head if module is not None], settings)
 
 
+def _has_modules(folder: Path) -> bool:
+    return (folder / "modules.json").is_file()
+
+
 def _open_adapter(folder: Path, max_length: int | None) -> Embedder:
     """A PEFT folder: its base model with the adapters merged in, and what `kinvec.json` beside them says."""
     ours, config = optional_json(folder / "kinvec.json"), read_json(folder / "adapter_config.json")
@@ -239,6 +249,13 @@ def _open_adapter(folder: Path, max_length: int | None) -> Embedder:
             embedder.head.append(Normalize())
     embedder.name = str(folder)
     return embedder
+
+
+def add_language_head(embedder: Embedder) -> None:
+    """Let the model predict tokens, with the head of the folder it was opened from; adapters go on afterwards."""
+    folder = fetch(embedder.name)
+    inner = folder / (read_json(folder / "modules.json")[0].get("path") or "") if _has_modules(folder) else folder
+    embedder.language = language_head(inner, embedder.backbone.model)
 
 
 def configure(
