@@ -58,7 +58,8 @@ def _results(summary: Mapping[str, Any]) -> str:
     for result in summary["results"]:
         lines += [
             "",
-            f"{result['task']}, {result['queries']} test queries; intervals are paired bootstraps of the difference.",
+            f"{result['task']}, {result['queries']} test {result['unit']}; "
+            "intervals are paired bootstraps of the difference.",
             "",
         ]
         lines += ["| metric | base | tuned | difference | 95 % interval |", "|---|---|---|---|---|"]

@@ -89,13 +89,31 @@ class PairData:
     split: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LabelledData:
+    """Labelled texts, and those that a classifier over the embeddings may learn from."""
+
+    texts: Sequence[str]
+    labels: Sequence[str]
+    training_texts: Sequence[str]
+    training_labels: Sequence[str]
+    fingerprint: str
+    name: str = ""
+    split: str = ""
+
+
+Problem = RetrievalData | PairData | LabelledData
+"""What a model can be measured on."""
+
+
 @dataclass(slots=True)
 class Result:
     """What an evaluation found, with every per-query value, so that two results can be compared with an interval.
 
     `metrics` holds the means (or, for whole-set statistics such as Spearman, the statistic) by public name, for example
     `nDCG@10`, `RR@10`, `AP@10`, `R@100`, `P@10`, `spearman_cosine`. `per_query` holds one row per query or item: `id`,
-    one column per metric, and what a person needs to read it (`query`, `top_ids`; `score`, `cosine` for pairs).
+    one column per metric, and what a person needs to read it (`query`, `top_ids`; `score`, `cosine` for pairs; `label`,
+    `predicted`, `cluster` for labelled texts).
     """
 
     task: str

@@ -1,11 +1,12 @@
 """Losses as functions of tensors: no model, no rank, no trainer inside.
 
-Shapes: B = queries of the batch, N = documents of the batch, d = dimensions.
+Shapes: B = queries of the batch, N = documents of the batch, n = labelled texts or scored pairs, d = dimensions.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -68,3 +69,168 @@ def _cross_entropy(scores: Float[Tensor, "B N"], targets: Int[Tensor, " B"], smo
 
 LOSSES: dict[bool, Any] = {False: info_nce, True: info_nce_both_ways}
 """By whether both directions count."""
+
+
+# --- Labelled texts -------------------------------------------------------------------------------------------------
+
+
+class Mined(NamedTuple):
+    """The loss of the triplets that were mined, and the share of them that still has a loss."""
+
+    loss: Float[Tensor, ""]
+    active: Float[Tensor, ""]
+
+
+def batch_all_triplet(
+    embeddings: Float[Tensor, "n d"], labels: Int[Tensor, " n"], margin: float, distance: str = "cosine"
+) -> Mined:
+    """Every triplet of the batch: mean of max(0, d(a, p) − d(a, n) + margin) over those above 0 (Hermans et al. 2017).
+
+    a and p share a label, n has another. Sorted negatives replace the n³ triplets: those that are active for (a, p) are
+    the first c of a's negatives, and their losses add up to c · (d(a, p) + margin) − the sum of their distances.
+    """
+    distances, positive, negative = _labelled_distances(embeddings, labels, distance)
+    near_first = _sorted_negatives(distances, negative)
+    reach = distances + margin
+    count = torch.searchsorted(near_first.detach(), reach.detach().contiguous())
+    sums = functional.pad(near_first.masked_fill(near_first.isinf(), 0.0).cumsum(dim=1), (1, 0))
+    losses = (count * reach - sums.gather(1, count)) * positive
+    active = (count * positive).sum()
+    triplets = (positive.sum(1) * negative.sum(1)).sum()
+    return Mined(losses.sum() / active.clamp(min=1), active / triplets.clamp(min=1))
+
+
+def batch_hard_triplet(
+    embeddings: Float[Tensor, "n d"], labels: Int[Tensor, " n"], margin: float, distance: str = "cosine"
+) -> Mined:
+    """Each anchor with its farthest positive and its nearest negative (Hermans et al. 2017, equation 5).
+
+    Anchors without a positive or a negative in the batch do not count.
+    """
+    gap = _hardest_gap(embeddings, labels, distance)
+    losses = (gap + margin).relu()
+    return Mined(_mean(losses), _mean((losses > 0).float()))
+
+
+def batch_hard_soft_margin_triplet(
+    embeddings: Float[Tensor, "n d"], labels: Int[Tensor, " n"], margin: float = 0.0, distance: str = "cosine"
+) -> Mined:
+    """As `batch_hard_triplet` with ln(1 + exp(gap)) in place of the hinge (Hermans et al. 2017); no margin is needed.
+
+    Active are the anchors with a negative nearer than a positive.
+    """
+    gap = _hardest_gap(embeddings, labels, distance)
+    return Mined(_mean(functional.softplus(gap + margin)), _mean((gap + margin > 0).float()))
+
+
+def batch_semi_hard_triplet(
+    embeddings: Float[Tensor, "n d"], labels: Int[Tensor, " n"], margin: float, distance: str = "cosine"
+) -> Mined:
+    """Each pair (a, p) with the nearest negative that is farther than p (Schroff et al. 2015, equation 4).
+
+    Where none is farther, the farthest negative. The mean is over all pairs, whether active or not; anchors without a
+    negative do not count.
+    """
+    distances, positive, negative = _labelled_distances(embeddings, labels, distance)
+    near_first = _sorted_negatives(distances, negative)
+    count = negative.sum(1, keepdim=True)
+    beyond = torch.searchsorted(near_first.detach(), distances.detach().contiguous(), right=True)
+    chosen = near_first.gather(1, beyond.minimum((count - 1).clamp(min=0)))
+    pairs = positive & (count > 0)
+    losses = (distances - chosen + margin)[pairs].relu()
+    return Mined(_mean(losses), _mean((losses > 0).float()))
+
+
+def sup_con(embeddings: Float[Tensor, "n d"], labels: Int[Tensor, " n"], temperature: float) -> Float[Tensor, ""]:
+    """Supervised contrastive loss over cosines, the sum outside the logarithm (Khosla et al. 2020, equation 2).
+
+    An anchor should find each text of its label among all others. Anchors without a positive do not count.
+    """
+    own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    positive = (labels[:, None] == labels[None]) & ~own
+    logs = (_cosine(embeddings, embeddings) / temperature).masked_fill(own, float("-inf")).log_softmax(dim=1)
+    each = -logs.masked_fill(~positive, 0.0).sum(1) / positive.sum(1).clamp(min=1)
+    return _mean(each[positive.any(1)])
+
+
+def _cosine_distances(x: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
+    return 1.0 - _cosine(x, x)
+
+
+def _euclidean_distances(x: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
+    """Not through inner products, which lose the small distances; the gradient at distance 0 is 0."""
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {"cosine": _cosine_distances, "euclidean": _euclidean_distances}
+
+
+def _labelled_distances(
+    embeddings: Float[Tensor, "n d"], labels: Int[Tensor, " n"], distance: str
+) -> tuple[Float[Tensor, "n n"], Bool[Tensor, "n n"], Bool[Tensor, "n n"]]:
+    """All distances, and for each anchor (row) which texts are its positives and which its negatives."""
+    same = labels[:, None] == labels[None]
+    own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    return DISTANCES[distance](embeddings), same & ~own, ~same
+
+
+def _sorted_negatives(distances: Float[Tensor, "n n"], negative: Bool[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Each anchor's distances to its negatives, the nearest first; the rest of the row is infinite."""
+    return distances.masked_fill(~negative, float("inf")).sort(dim=1).values
+
+
+def _hardest_gap(embeddings: Float[Tensor, "n d"], labels: Int[Tensor, " n"], distance: str) -> Float[Tensor, " m"]:
+    """d(a, farthest positive) − d(a, nearest negative) of every anchor that has both."""
+    distances, positive, negative = _labelled_distances(embeddings, labels, distance)
+    both = positive.any(1) & negative.any(1)
+    farthest = distances.masked_fill(~positive, float("-inf")).amax(1)
+    nearest = distances.masked_fill(~negative, float("inf")).amin(1)
+    return farthest[both] - nearest[both]
+
+
+def _mean(values: Float[Tensor, " m"]) -> Float[Tensor, ""]:
+    """The mean; of nothing 0, with a gradient of 0."""
+    return values.sum() / max(len(values), 1)
+
+
+TRIPLETS: dict[str, Callable[..., Mined]] = {
+    "all": batch_all_triplet,
+    "hard": batch_hard_triplet,
+    "semi-hard": batch_semi_hard_triplet,
+    "hard-soft-margin": batch_hard_soft_margin_triplet,
+}
+"""By how the triplets of a batch are mined."""
+
+
+# --- Scored pairs ---------------------------------------------------------------------------------------------------
+
+
+def cosent(similarities: Float[Tensor, " n"], scores: Float[Tensor, " n"], temperature: float) -> Float[Tensor, ""]:
+    """CoSENT (Su 2022; Huang et al. 2024): ln(1 + Σ exp((s_i − s_j) / temperature)) over pairs with score_i < score_j.
+
+    Only the order of the scores counts.
+    """
+    scaled = similarities / temperature
+    wrong_order = (scaled[:, None] - scaled[None])[scores[:, None] < scores[None]]
+    return torch.cat([wrong_order.new_zeros(1), wrong_order]).logsumexp(0)
+
+
+def cosine_regression(similarities: Float[Tensor, " n"], scores: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """Mean squared error of cosines against scores (Reimers and Gurevych 2019)."""
+    return functional.mse_loss(similarities, scores)
+
+
+def paired_cosine(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """The cosine of each pair."""
+    return functional.cosine_similarity(first, second, dim=1)
+
+
+def paired_angle(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """AnglE's similarity (Li and Li 2023, equation 6): the two halves of a vector are real and imaginary parts.
+
+    |Re + Im| of the inner product of the complex vectors, divided by their lengths; it does not flatten out where
+    cosines do. d must be even.
+    """
+    (a, b), (c, d) = first.chunk(2, dim=1), second.chunk(2, dim=1)
+    real, imaginary = (a * c + b * d).sum(1), (b * c - a * d).sum(1)
+    return (real + imaginary).abs() / (first.norm(dim=1) * second.norm(dim=1))

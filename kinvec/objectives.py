@@ -1,13 +1,15 @@
 """What a training step asks and how it is scored: which texts are embedded, and the loss of their embeddings.
 
-An objective is a value with two functions: `texts(batch)` gives the queries and the documents to embed, and
-`loss(queries, documents, batch)` scores their embeddings. Shapes: B = queries, N = documents, d = dimensions.
+An objective is a value: the kind of data it learns from, and functions of (queries, documents, batch): `loss`, and
+`measures`, which the log shows beside it. `texts(batch)` gives the queries and the documents to embed; where all texts
+are alike (labelled texts, scored pairs) they are all queries. Shapes: B = queries, N = documents, n = labelled texts,
+d = dimensions.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,25 +21,37 @@ from torch import Tensor
 
 from kinvec.config import Settings
 from kinvec.contracts import RecipeError
-from kinvec.losses import LOSSES
-from kinvec.sampling import PairBatch
+from kinvec.losses import LOSSES, TRIPLETS, Mined, cosent, cosine_regression, paired_angle, paired_cosine, sup_con
+from kinvec.sampling import Batch, LabelBatch, PairBatch, ScoredBatch
 
-Loss = Callable[[Float[Tensor, "B d"], Float[Tensor, "N d"], PairBatch], Float[Tensor, ""]]
+Loss = Callable[[Float[Tensor, "B d"], Float[Tensor, "N d"], Any], Float[Tensor, ""]]
+Measures = Callable[[Float[Tensor, "B d"], Float[Tensor, "N d"], Any], dict[str, float]]
 
 
 class ObjectiveSettings(Settings):
     """The training objective and its settings."""
 
     name: str = "contrastive"
-    """`contrastive`, or your own as `my_file.py:my_loss`, a function of (queries, documents, batch) → loss."""
+    """`contrastive` for queries and documents; `triplet` or `supcon` for labelled texts; `cosent`, `angle` or `cosine`
+    for scored pairs; or your own as `my_file.py:my_loss`, a function of (queries, documents, batch) → loss."""
     temperature: float = Field(0.05, gt=0)
-    """Cosines are divided by this (the scale of MultipleNegativesRankingLoss is 1 / temperature)."""
+    """Cosines are divided by this (the scale of MultipleNegativesRankingLoss or CoSENTLoss is 1 / temperature)."""
     hard_negatives: Literal["shared", "own"] = "shared"
     """Whether a query sees every hard negative of the batch, or only those of its own row."""
     both_directions: bool = False
     """Also ask each positive to find its query."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target spread evenly over the other documents."""
+    mining: Literal["all", "hard", "semi-hard", "hard-soft-margin"] = "semi-hard"
+    """Which triplets of the batch `triplet` learns from."""
+    distance: Literal["cosine", "euclidean"] = "cosine"
+    """The distance in triplets: 1 − cosine, or Euclidean."""
+    margin: float = Field(0.2, ge=0)
+    """How much nearer a positive should be than a negative; hard-soft-margin has none."""
+
+
+def _nothing(queries: Tensor, documents: Tensor, batch: Any) -> dict[str, float]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -46,25 +60,31 @@ class Objective:
 
     name: str
     loss: Loss
+    kind: str = "retrieval"
+    measures: Measures = _nothing
 
     @staticmethod
-    def texts(batch: PairBatch) -> tuple[list[str], list[str]]:
+    def texts(batch: Batch) -> tuple[Sequence[str], Sequence[str]]:
         """The queries and the documents whose embeddings the loss needs."""
         return batch.queries, batch.documents
 
 
 def make_objective(settings: ObjectiveSettings) -> Objective:
-    """The objective of these settings. Raises `RecipeError` for an unknown name or a file without the function."""
+    """The objective of these settings. Raises `RecipeError` for an unknown name or a file without the function.
+
+    A user's own loss learns from retrieval data unless its attribute `kind` says `labelled` or `pairs`.
+    """
     if ":" in settings.name:
-        return Objective(settings.name, _from_file(settings.name))
+        loss = _from_file(settings.name)
+        return Objective(settings.name, loss, getattr(loss, "kind", "retrieval"))
     if settings.name not in OBJECTIVES:
         raise RecipeError(
             f"objective.name: '{settings.name}' is unknown; known are {', '.join(OBJECTIVES)}, or my_file.py:my_loss"
         )
-    return Objective(settings.name, OBJECTIVES[settings.name](settings))
+    return OBJECTIVES[settings.name](settings)
 
 
-def contrastive(settings: ObjectiveSettings) -> Loss:
+def contrastive(settings: ObjectiveSettings) -> Objective:
     """InfoNCE over the batch: in-batch negatives, hard negatives, known positives and duplicates masked."""
     score = LOSSES[settings.both_directions]
 
@@ -78,10 +98,56 @@ def contrastive(settings: ObjectiveSettings) -> Loss:
         tensors = (batch.targets.to(device), excluded.to(device), batch.weights.to(device))
         return score(queries, documents, *tensors, settings.temperature, settings.label_smoothing)
 
-    return loss
+    return Objective("contrastive", loss)
 
 
-OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Loss]] = {"contrastive": contrastive}
+def triplet(settings: ObjectiveSettings) -> Objective:
+    """Triplets mined among the labelled texts of the batch; the log shows the share that still has a loss."""
+    soft = settings.mining == "hard-soft-margin"
+
+    def mined(texts: Float[Tensor, "n d"], batch: LabelBatch) -> Mined:
+        labels = batch.labels.to(texts.device)
+        return TRIPLETS[settings.mining](texts, labels, 0.0 if soft else settings.margin, settings.distance)
+
+    def loss(texts: Float[Tensor, "n d"], documents: Tensor, batch: LabelBatch) -> Float[Tensor, ""]:
+        return mined(texts, batch).loss
+
+    def measures(texts: Float[Tensor, "n d"], documents: Tensor, batch: LabelBatch) -> dict[str, float]:
+        return {"active_triplets": mined(texts, batch).active.item()}
+
+    return Objective("triplet", loss, "labelled", measures)
+
+
+def supcon(settings: ObjectiveSettings) -> Objective:
+    """Supervised contrastive: every text of the same label is a positive, all others of the batch are negatives."""
+
+    def loss(texts: Float[Tensor, "n d"], documents: Tensor, batch: LabelBatch) -> Float[Tensor, ""]:
+        return sup_con(texts, batch.labels.to(texts.device), settings.temperature)
+
+    return Objective("supcon", loss, "labelled")
+
+
+def scored(name: str, loss_of: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Callable[..., Objective]:
+    """An objective over scored pairs; `loss_of` takes first and second embeddings, scores and the temperature."""
+
+    def make(settings: ObjectiveSettings) -> Objective:
+        def loss(texts: Float[Tensor, "n d"], documents: Tensor, batch: ScoredBatch) -> Float[Tensor, ""]:
+            first, second = texts.chunk(2)
+            return loss_of(first, second, batch.scores.to(texts), settings.temperature)
+
+        return Objective(name, loss, "pairs")
+
+    return make
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
+    "contrastive": contrastive,
+    "triplet": triplet,
+    "supcon": supcon,
+    "cosent": scored("cosent", lambda a, b, scores, t: cosent(paired_cosine(a, b), scores, t)),
+    "angle": scored("angle", lambda a, b, scores, t: cosent(paired_angle(a, b), scores, t)),
+    "cosine": scored("cosine", lambda a, b, scores, t: cosine_regression(paired_cosine(a, b), scores)),
+}
 
 
 def _from_file(name: str) -> Any:

@@ -23,26 +23,25 @@ from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precis
 from kinvec.card import write_card
 from kinvec.config import differences, dump
 from kinvec.console import say
-from kinvec.contracts import KinvecError, RetrievalData
+from kinvec.contracts import KinvecError, Problem
 from kinvec.embedder import Embedder, configure, open_folder
 from kinvec.files import (
     Table,
     content_fingerprint,
     open_data,
-    open_retrieval,
     replace_folder,
     write_json,
     write_text,
 )
 from kinvec.folder import save_adapter
-from kinvec.objectives import make_objective
+from kinvec.kinds import CLASSIFIER_TEXTS, DEV_CLASSIFIER_TEXTS, KINDS, Kind
+from kinvec.objectives import Objective, make_objective
 from kinvec.pooling import Normalize
 from kinvec.recipe import Recipe
-from kinvec.sampling import as_retrieval, hold_out, pair_source
+from kinvec.sampling import hold_out
 from kinvec.trainer import fit
 
 RUN_FILE = "run.json"  # its presence says that a folder is a run of ours
-DEV_METRIC = "nDCG@10"
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,14 @@ class RunData:
 
     table: Table
     examples: Int[np.ndarray, " E"]
-    dev: RetrievalData | None
-    test: RetrievalData | None
+    dev: Problem | None
+    test: Problem | None
     warnings: list[str]
+
+    @property
+    def kind(self) -> Kind:
+        """What is done with data of this kind."""
+        return KINDS[self.table.kind]
 
 
 def run(recipe: Recipe, force: bool = False) -> dict[str, Any]:
@@ -73,11 +77,11 @@ def run(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     for warning in data.warnings:
         say(f"warning: {warning}")
     if recipe.evaluate:
-        evaluate_into(folder / "results" / "base", embedder, data.test)
+        evaluate_into(folder / "results" / "base", embedder, data)
     trained = _train(recipe, folder, embedder, objective, data)
     embedder.name = str(folder / "model")
     if recipe.evaluate:
-        evaluate_into(folder / "results" / "tuned", embedder, data.test)
+        evaluate_into(folder / "results" / "tuned", embedder, data)
     summary = _finish(recipe, folder, embedder, data, trained)
     if recipe.push_to_hub:
         push(folder / "model", recipe.push_to_hub)
@@ -90,67 +94,68 @@ def open_run_data(recipe: Recipe) -> RunData:
     table = open_data(
         settings.train, split=settings.split, kind=settings.kind, columns=settings.columns, skip_bad=settings.skip_bad
     )
-    if table.kind != "retrieval":
+    objective = make_objective(recipe.objective)
+    if table.kind != objective.kind:
+        fitting = f"; for these data set objective.name={FITTING[table.kind]}" if table.kind in FITTING else ""
         raise KinvecError(
-            f"{settings.train}: holds {table.kind}; contrastive training needs queries with positive documents"
+            f"{settings.train}: holds {table.kind}; {objective.name} training needs {NEEDS[objective.kind]}{fitting}"
         )
+    kind = KINDS[table.kind]
     warnings = list(table.warnings)
     if table.dropped:
         warnings.append(f"{table.dropped:,} bad rows were dropped (data.skip_bad)")
-    examples = np.arange(len(table))
-    test = _named_test(recipe)
+    examples = kind.rows(table, settings)
+    test = _named(recipe, kind, "test")
     if test is None and recipe.evaluate and settings.holdout:
         examples, held = _hold_out(table, examples, settings.holdout, "test")
-        test = as_retrieval(table, held, settings.distractors, "test")
-    dev = _named_dev(recipe)
+        test = kind.held(table, held, settings, "test")
+    dev = _named(recipe, kind, "dev")
     if dev is None and settings.holdout and recipe.evaluate and recipe.trainer.eval_every != 0:
         examples, held = _hold_out(table, examples, settings.holdout, "dev")
-        dev = as_retrieval(table, held, settings.distractors, "dev")
+        dev = kind.held(table, held, settings, "dev")
     if not len(examples):
         raise KinvecError(f"{settings.train}: no query is left to train on; lower data.holdout or give more data")
     if test is not None:
-        shared = _shared_queries(table, examples, test)
+        shared = _shared_queries(table, examples, kind, test)
         if shared:
             warnings.append(
                 f"{shared} training queries are also test queries: the gain will look too good (see kinvec check)"
             )
+        test = kind.complete(test, table, examples, CLASSIFIER_TEXTS)
+    if dev is not None:
+        dev = kind.complete(dev, table, examples, DEV_CLASSIFIER_TEXTS)
     return RunData(table, examples, dev, test, warnings)
 
 
-def _named_test(recipe: Recipe) -> RetrievalData | None:
-    """The test data named in the recipe, else the test split beside a BEIR folder's training split."""
-    settings = recipe.data
-    if not recipe.evaluate:
-        return None
-    if settings.test is not None:
-        return open_retrieval(settings.test, split=settings.test_split, columns=settings.columns)
-    if (Path(settings.train) / "qrels" / f"{settings.test_split}.tsv").is_file():
-        return open_retrieval(settings.train, split=settings.test_split)
-    return None
+NEEDS = {
+    "retrieval": "queries with positive documents", "labelled": "texts with labels",
+    "pairs": "pairs of texts with scores",
+}  # fmt: skip
+FITTING = {"retrieval": "contrastive", "labelled": "triplet", "pairs": "cosent"}
 
 
-def _named_dev(recipe: Recipe) -> RetrievalData | None:
-    """The dev data named in the recipe, else the dev split beside a BEIR folder's training split."""
+def _named(recipe: Recipe, kind: Kind, name: str) -> Problem | None:
+    """The evaluation data named in the recipe, else the split of that name beside the training split."""
     settings = recipe.data
-    if settings.dev is not None:
-        return open_retrieval(settings.dev, split="dev", columns=settings.columns)
-    beside = (Path(settings.train) / "qrels" / "dev.tsv").is_file()
-    if beside and recipe.evaluate and recipe.trainer.eval_every != 0:
-        return open_retrieval(settings.train, split="dev")
-    return None
+    test = name == "test"
+    place, split = (settings.test, settings.test_split) if test else (settings.dev, "dev")
+    wanted = recipe.evaluate and (test or recipe.trainer.eval_every != 0)
+    if place is not None and (recipe.evaluate or not test):
+        return kind.named(place, split, settings)
+    return kind.named(settings.train, split, settings) if wanted and kind.beside(settings.train, split) else None
 
 
 def _hold_out(table: Table, examples: np.ndarray, share: float, name: str) -> tuple[np.ndarray, np.ndarray]:
-    kept, held = hold_out(table, share, name)
+    kept, held = hold_out(table, share, name, KINDS[table.kind].column)
     return np.intersect1d(examples, kept), np.intersect1d(examples, held)
 
 
-def _shared_queries(table: Table, examples: np.ndarray, test: RetrievalData) -> int:
-    known = {" ".join(text.split()).lower() for text in test.queries.values()}
+def _shared_queries(table: Table, examples: np.ndarray, kind: Kind, test: Problem) -> int:
+    known = {" ".join(text.split()).lower() for text in kind.asked(test)}
     chosen = set(examples.tolist())
     shared = row = 0
-    for batch in table.batches(["query"]):
-        for query in batch.column("query").to_pylist():
+    for batch in table.batches([kind.column]):
+        for query in batch.column(0).to_pylist():
             shared += row in chosen and " ".join(query.split()).lower() in known
             row += 1
     return shared
@@ -265,15 +270,15 @@ def environment(embedder: Embedder) -> dict[str, Any]:
 def describe_data(data: RunData, embedder: Embedder, sample: int = 2000) -> dict[str, Any]:
     """Counts, token lengths over a sample of rows, share of truncated texts, warnings."""
     rows = data.examples[:: max(1, len(data.examples) // sample)]
-    examples = [data.table.example(int(row)) for row in rows]
-    lengths = {
-        "query": [len(ids) for ids in _untruncated(embedder, [e.query for e in examples])],
-        "document": [len(ids) for ids in _untruncated(embedder, [text for e in examples for text in e.positives])],
-    }
+    texts: dict[str, list[str]] = {}
+    for row in rows.tolist():
+        for side, text in data.kind.texts(data.table, row):
+            texts.setdefault(side, []).append(text)
+    lengths = {side: [len(ids) for ids in _untruncated(embedder, found)] for side, found in texts.items()}
     counts = {"examples": len(data.examples), "dropped": data.table.dropped}
     for name, part in (("dev", data.dev), ("test", data.test)):
         if part is not None:
-            counts |= {f"{name}_queries": len(part.qrels), f"{name}_documents": len(part.corpus)}
+            counts |= {f"{name}_{what}": count for what, count in data.kind.sizes(part).items()}
     return {
         "source": data.table.source,
         "counts": counts,
@@ -297,18 +302,19 @@ def _length_summary(values: list[int], limit: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def evaluate_into(folder: Path, embedder: Embedder, data: RetrievalData | None) -> None:
+def evaluate_into(folder: Path, embedder: Embedder, data: RunData) -> None:
     """Evaluate on the test data, unless the result is there already."""
-    if data is None:
+    if data.test is None:
         return
-    place = folder / (data.name or "retrieval")
+    place = folder / (data.test.name or data.table.kind)
     if (place / "results.json").is_file():
         return
-    say(f"evaluating {folder.name} on {len(data.qrels):,} queries over {len(data.corpus):,} documents")
-    tasks.save_result(tasks.retrieval(data, embedder), place)
+    sizes = ", ".join(f"{count:,} {what}" for what, count in data.kind.sizes(data.test).items())
+    say(f"evaluating {folder.name} on {sizes}")
+    tasks.save_result(tasks.measure(data.test, embedder), place)
 
 
-def _train(recipe: Recipe, folder: Path, embedder: Embedder, objective: Any, data: RunData) -> dict[str, Any]:
+def _train(recipe: Recipe, folder: Path, embedder: Embedder, objective: Objective, data: RunData) -> dict[str, Any]:
     """Train, unless the tuned model is there already; `embedder` then holds it."""
     done = folder / "training.json"
     if done.is_file():
@@ -319,13 +325,12 @@ def _train(recipe: Recipe, folder: Path, embedder: Embedder, objective: Any, dat
     torch.manual_seed(recipe.seed)  # adapters draw their start from it
     if recipe.lora.rank:
         add_lora(embedder.backbone, recipe.lora)
-    source = pair_source(data.table, data.examples, recipe.data, recipe.seed)
+    source = data.kind.source(data.table, data.examples, recipe.data, recipe.seed)
     dev = data.dev
 
     def evaluate(model: Embedder) -> dict[str, float]:
         assert dev is not None
-        found = tasks.retrieval(dev, model, baseline=False).metrics
-        return {DEV_METRIC: found[DEV_METRIC]} | found
+        return data.kind.develop(dev, model)
 
     trained = fit(
         embedder, objective, source, recipe.trainer, folder, evaluate if dev is not None else None, recipe.seed
@@ -364,7 +369,8 @@ def _finish(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData, tra
             comparison = tasks.compare(before, after)
             summary["results"].append(
                 {
-                    "task": name, "queries": comparison.queries, "baselines": before.baselines,
+                    "task": name, "queries": comparison.queries, "unit": tasks.unit_of(comparison.kind),
+                    "baselines": before.baselines,
                     "metrics": {
                         d.metric: {
                             "base": d.a, "tuned": d.b,

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from kinvec import metrics, tasks
+from kinvec import tasks
 from kinvec.contracts import KinvecError, Result
 from kinvec.files import write_text
 from kinvec.tasks.stored import MANIFEST
@@ -126,12 +126,13 @@ def _task(base: Result, tuned: Result | None) -> dict[str, Any]:
     return {
         "name": base.task,
         "kind": base.kind,
+        "unit": tasks.unit_of(base.kind),
         "split": base.split,
         "queries": len(base.per_query["id"]),
         "models": {"base": base.model, "tuned": tuned.model if tuned else None},
         "precision": tuned.precision if tuned else base.precision,
         "rows": rows,
-        "axis": axis(ends, low=0.0, high=1.0),
+        "axis": axis(ends, low=0.0 if min(ends) >= 0 else -1.0, high=1.0),
         "by": comparison.by if comparison else None,
         "wins": [asdict(change) for change in comparison.wins] if comparison else [],
         "losses": [asdict(change) for change in comparison.losses] if comparison else [],
@@ -148,12 +149,8 @@ def _main_metric(result: Result) -> str:
 
 
 def _with_interval(name: str, result: Result) -> dict[str, float]:
-    """The metric and its 95 % bootstrap interval; a correlation is resampled whole, against a prediction of no use."""
-    if name in metrics.CORRELATIONS:
-        gold, cosine = (np.asarray(result.per_query[column], np.float64) for column in ("score", "cosine"))
-        low, high = metrics.bootstrap_correlation(name, gold, np.zeros(len(gold)), cosine)
-    else:
-        low, high = metrics.bootstrap_mean(np.asarray(result.per_query[name], np.float64))
+    """The metric and its 95 % bootstrap interval; a statistic of the whole set is recomputed on each resample."""
+    low, high = tasks.statistic(name).interval(result.per_query)
     return {"value": result.metrics[name], "low": low, "high": high}
 
 
@@ -173,14 +170,14 @@ def _verdict(measured: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], f
     d = row["difference"]
     word = _word(d)
     head = {"better": "Better by {}:", "worse": "Worse by {}:", "unclear": "No clear change:"}[word]
-    counted = f"{first['queries']:,} {'pairs' if first['kind'] == 'similarity' else 'queries'}"
+    counted = f"{first['queries']:,} {first['unit']}"
     moved = f"{d['metric']} from {number(d['a'])} to {number(d['b'])}"
     interval = f"95 % interval of the difference {signed(d['low'])} to {signed(d['high'])}"
     return {
         "word": word,
         "head": head.format(number(abs(d["difference"]))),
         "rest": f"{moved} ({interval}, {counted}, p {p_value(d['p'])}).",
-        "also": _also(row, others),
+        "also": _also(row, first["unit"], others),
         "difference": d,
     }
 
@@ -191,12 +188,12 @@ def _word(difference: Mapping[str, Any]) -> str:
     return "worse" if difference["high"] < 0 else "unclear"
 
 
-def _also(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
+def _also(row: Mapping[str, Any], unit: str, others: Sequence[Mapping[str, Any]]) -> list[str]:
     d, told = row["difference"], []
     if row["bm25"] is not None:
         side = "ahead of" if d["b"] > row["bm25"] else "behind" if d["b"] < row["bm25"] else "level with"
         told.append(f"The tuned model is {side} BM25, which has {number(row['bm25'])} on the same queries.")
-    told.append(f"{d['won']:,} queries won, {d['tied']:,} unchanged, {d['lost']:,} lost.")
+    told.append(f"{d['won']:,} {unit} won, {d['tied']:,} unchanged, {d['lost']:,} lost.")
     for task in others:
         other = next(r for r in task["rows"] if r["metric"] == task["by"])["difference"]
         told.append(

@@ -34,7 +34,7 @@ from kinvec.embedder import Embedder
 from kinvec.gradcache import backward
 from kinvec.objectives import Objective
 from kinvec.planner import CHUNK_TOKENS, chunks_to_keep, memory_budget, parse_bytes, saved_bytes_per_token
-from kinvec.sampling import PairBatch, PairSource
+from kinvec.sampling import Batch, Source
 from kinvec.tracking import open_trackers
 
 SMALLEST_CHUNK = 64  # tokens; out of memory below it, halving will not help
@@ -103,7 +103,7 @@ Evaluate = Callable[[Embedder], dict[str, float]]
 
 
 def fit(
-    embedder: Embedder, objective: Objective, source: PairSource, settings: TrainerSettings, run: Path,
+    embedder: Embedder, objective: Objective, source: Source, settings: TrainerSettings, run: Path,
     evaluate: Evaluate | None = None, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the embedder in place; on return it holds the best weights by dev, else the last.
@@ -190,7 +190,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def _step(
-    embedder: Embedder, objective: Objective, batch: PairBatch, optimizer: torch.optim.Optimizer, rate: float,
+    embedder: Embedder, objective: Objective, batch: Batch, optimizer: torch.optim.Optimizer, rate: float,
     settings: TrainerSettings, state: Progress, plan: tuple[float, int],
 ) -> dict[str, Any]:  # fmt: skip
     """One optimiser step; out of memory, the chunks are halved and the step begins again with the same random state."""
@@ -202,7 +202,7 @@ def _step(
         try:
             # Whichever graphs are kept, the bits are the same: the budget may follow the halvings.
             budget = plan[1] >> len(state.halvings)
-            loss, lengths = _gradients(embedder, objective, batch, state.chunk_tokens, (plan[0], budget))
+            loss, lengths, measures = _gradients(embedder, objective, batch, state.chunk_tokens, (plan[0], budget))
             break
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
@@ -219,7 +219,7 @@ def _step(
     weights = [parameter for _, parameter in trainable(embedder)]
     norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.clip or math.inf))
     if not math.isfinite(loss) or not math.isfinite(norm):
-        ids = ", ".join(batch.query_ids[:8])
+        ids = ", ".join(batch.ids[:8])
         raise KinvecError(
             f"the loss is {loss} and its gradient's norm {norm} at step {state.step + 1} (queries {ids}, …); "
             "lower trainer.lr or raise objective.temperature"
@@ -228,26 +228,32 @@ def _step(
     tokens = int(lengths.sum())
     padded = float(lengths.max()) * len(lengths)
     return {
-        "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "pairs": len(batch.queries),
+        "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "pairs": len(batch.ids),
         "padding_share": 0.0 if embedder.backbone.packs else round(1 - tokens / padded, 4),
+        **measures,
     }  # fmt: skip
 
 
 def _gradients(
-    embedder: Embedder, objective: Objective, batch: PairBatch, chunk_tokens: int, plan: tuple[float, int]
-) -> tuple[float, np.ndarray]:
+    embedder: Embedder, objective: Objective, batch: Batch, chunk_tokens: int, plan: tuple[float, int]
+) -> tuple[float, np.ndarray, dict[str, float]]:
+    """The loss, with its gradients left on the parameters; the texts' lengths; what the objective measures."""
     chunks, lengths = step_chunks(embedder, objective, batch, chunk_tokens)
     keep = chunks_to_keep([sum(chunk.lengths) for chunk in chunks], *plan)
-    count = len(batch.queries)
+    count = len(objective.texts(batch)[0])
+    measures: dict[str, float] = {}
 
     def loss(vectors: Tensor) -> Tensor:
-        return objective.loss(vectors[:count], vectors[count:], batch)
+        queries, documents = vectors[:count], vectors[count:]
+        with torch.no_grad():
+            measures.update(objective.measures(queries, documents, batch))
+        return objective.loss(queries, documents, batch)
 
-    return backward(_embed(embedder), chunks, loss, keep), lengths
+    return backward(_embed(embedder), chunks, loss, keep), lengths, measures
 
 
 def step_chunks(
-    embedder: Embedder, objective: Objective, batch: PairBatch, chunk_tokens: int
+    embedder: Embedder, objective: Objective, batch: Batch, chunk_tokens: int
 ) -> tuple[list[Pack], np.ndarray]:
     """All texts of a step, queries first, as packs of at most `chunk_tokens` tokens; and the texts' lengths."""
     queries, documents = objective.texts(batch)
@@ -270,7 +276,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _plan(
-    embedder: Embedder, objective: Objective, source: PairSource, settings: TrainerSettings, state: Progress
+    embedder: Embedder, objective: Objective, source: Source, settings: TrainerSettings, state: Progress
 ) -> tuple[float, int]:
     """(bytes a token, budget): what decides how many chunks keep their graphs."""
     chunks, _ = step_chunks(embedder, objective, source.batch(0, min(settings.batch_size, 16)), 2048)

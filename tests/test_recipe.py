@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kinvec import config
+from kinvec.objectives import make_objective
 from kinvec.pipeline import run
 from kinvec.recipe import Recipe, load_recipe, shipped
 
@@ -16,9 +17,24 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NEEDED = ["model=some/model", "data.train=pairs.jsonl", "out=runs/mine"]
 
 
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Twenty texts of each label that the recipes name."""
+    rows = [
+        (f"{word} number {i}", label)
+        for label, word in (("U.S. NEWS", "near"), ("WORLD NEWS", "far"))
+        for i in range(20)
+    ]
+    path = tmp_path / "labelled.csv"
+    path.write_text("text,category\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    return path
+
+
 @pytest.mark.parametrize("name", shipped())
-def test_a_shipped_recipe_runs(name: str, tiny_folder: Path, tiny_pairs: Path, tmp_path: Path) -> None:
-    settings = [f"model={tiny_folder}", f"data.train={tiny_pairs}", f"out={tmp_path / 'run'}", "threads=1"]
+def test_a_shipped_recipe_runs(name: str, tiny_folder: Path, tiny_pairs: Path, labelled: Path, tmp_path: Path) -> None:
+    kind = make_objective(load_recipe(name, NEEDED).objective).kind
+    data = {"retrieval": tiny_pairs, "labelled": labelled}[kind]
+    settings = [f"model={tiny_folder}", f"data.train={data}", f"out={tmp_path / 'run'}", "threads=1"]
     summary = run(load_recipe(name, [*settings, "trainer.max_steps=2"]))
     assert summary["training"]["steps"] == 2 and len(summary["results"]) == 1
     resolved = load_recipe(tmp_path / "run" / "recipe.yaml")

@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from kinvec.files.arrow import ArrowStrings, cache_folder
 from kinvec.files.problems import DataError
-from kinvec.files.searches import open_pairs, open_retrieval, read_documents, read_judgements, read_queries
+from kinvec.files.searches import (
+    open_pairs,
+    open_problem,
+    open_retrieval,
+    read_documents,
+    read_judgements,
+    read_queries,
+)
 from kinvec.files.table import Table, detect_kind, open_data
 from kinvec.files.writing import (
     content_fingerprint,
@@ -36,6 +43,7 @@ __all__ = [
     "normalise",
     "open_data",
     "open_pairs",
+    "open_problem",
     "open_retrieval",
     "read_documents",
     "read_judgements",

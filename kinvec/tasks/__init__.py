@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from kinvec.tasks.comparison import Change, Comparison, Difference, compare
+from collections.abc import Sequence
+
+from kinvec.contracts import Encoder, LabelledData, PairData, Problem, RecipeError, Result
+from kinvec.tasks.classification import LABELLED, classification
+from kinvec.tasks.comparison import Change, Comparison, Difference, compare, unit_of
 from kinvec.tasks.evaluation import from_vectors, retrieval, similarity
 from kinvec.tasks.lexical import bm25
 from kinvec.tasks.rankings import MEASURES, from_rankings
+from kinvec.tasks.statistics import statistic
 from kinvec.tasks.stored import load_result, load_results, refuse_foreign, save_result, summary
 
+
+def measure(data: Problem, encoder: Encoder, measures: Sequence[str] = ()) -> Result:
+    """The task that fits the data, by the task's own measures unless some are named."""
+    if isinstance(data, LabelledData):
+        return classification(data, encoder, measures)
+    if isinstance(data, PairData):
+        if measures:
+            raise RecipeError("scored pairs are measured by Spearman and Pearson; leave out the measures")
+        return similarity(data, encoder)
+    return retrieval(data, encoder, tuple(measures) or MEASURES)
+
+
 __all__ = [
-    "MEASURES", "Change", "Comparison", "Difference", "bm25", "compare", "from_rankings", "from_vectors", "load_result",
-    "load_results", "refuse_foreign", "retrieval", "save_result", "similarity", "summary",
+    "LABELLED", "MEASURES", "Change", "Comparison", "Difference", "bm25", "classification", "compare", "from_rankings",
+    "from_vectors", "load_result", "load_results", "measure", "refuse_foreign", "retrieval", "save_result",
+    "similarity", "statistic", "summary", "unit_of",
 ]  # fmt: skip

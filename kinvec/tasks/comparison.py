@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
-from scipy.stats import rankdata
 
-from kinvec import metrics
 from kinvec.contracts import KinvecError, RecipeError, Result
+from kinvec.tasks.statistics import statistic
 
 CHANGES_SHOWN = 5
 
@@ -43,7 +41,8 @@ class Change:
     """A query whose value changed, and what each model made of it.
 
     `a` and `b` hold `value` and, for retrieval, `top_id`, `top_text` and `first_relevant` (the place of the first
-    relevant document, None if it is not among the results searched); for pairs `cosine` and `score`.
+    relevant document, None if it is not among the results searched); for pairs `cosine` and `score`; for labelled
+    texts `label`, `predicted`, `nearest` (the training text) and `nearest_label`.
     """
 
     id: str
@@ -87,7 +86,7 @@ def compare(a: Result, b: Result, *, by: str | None = None, shown: int = CHANGES
     b_rows = {name: [column[row] for row in rows] for name, column in b.per_query.items()}
     by = by or common[0]
     differences = [_difference(name, a, b, b_rows, seed) for name in common]
-    changes = _changes(by, a.per_query, b_rows)
+    changes = _changes(by, a.kind, a.per_query, b_rows)
     wins = sorted((c for c in changes if c.difference > 0), key=lambda c: -c.difference)[:shown]
     losses = sorted((c for c in changes if c.difference < 0), key=lambda c: c.difference)[:shown]
     names = _names(a, b)
@@ -104,40 +103,23 @@ def _names(a: Result, b: Result) -> tuple[str, str]:
 
 
 def _difference(name: str, a: Result, b: Result, b_rows: dict[str, list[Any]], seed: int) -> Difference:
-    x, y = _values(name, a.per_query), _values(name, b_rows)
-    if name in metrics.CORRELATIONS:
-        gold, p, q = (
-            np.array(column, dtype=np.float64)
-            for column in (a.per_query["score"], a.per_query["cosine"], b_rows["cosine"])
-        )
-        interval = metrics.bootstrap_correlation(name, gold, p, q, seed)
-        chance = metrics.randomisation_correlation(name, gold, p, q, seed)
-    else:
-        interval, chance = metrics.bootstrap_mean(y - x, seed), metrics.randomisation_p(y - x, seed)
+    found = statistic(name)
+    x, y = found.each(a.per_query), found.each(b_rows)
+    interval, chance = found.difference(a.per_query, b_rows, seed)
     counts = [int(np.count_nonzero(test)) for test in (y > x, y == x, y < x)]
     return Difference(
         name, a.metrics[name], b.metrics[name], b.metrics[name] - a.metrics[name], *interval, chance, *counts
     )
 
 
-def _values(name: str, rows: dict[str, list[Any]]) -> Float64[np.ndarray, " n"]:
-    """The metric's value for each query; for a correlation each pair's agreement: 1 where both sides rank it the same.
-
-    Agreement is 1 − |rank of the cosine − rank of the score| as a share of all pairs.
-    """
-    if name not in metrics.CORRELATIONS:
-        return np.array(rows[name], dtype=np.float64)
-    return 1 - np.abs(rankdata(rows["cosine"]) - rankdata(rows["score"])) / len(rows["score"])
-
-
-def _changes(by: str, a: dict[str, list[Any]], b: dict[str, list[Any]]) -> list[Change]:
-    x, y = _values(by, a), _values(by, b)
-    pairs = by in metrics.CORRELATIONS
+def _changes(by: str, kind: str, a: dict[str, list[Any]], b: dict[str, list[Any]]) -> list[Change]:
+    each = statistic(by).each
+    x, y = each(a), each(b)
+    side = SIDES.get(kind, _search_side)
     found = []
     for i, (query_id, query) in enumerate(zip(a["id"], a["query"], strict=True)):
         if x[i] != y[i]:
-            text = f"{query} | {a['second'][i]}" if pairs else query
-            side = _pair_side if pairs else _search_side
+            text = f"{query} | {a['second'][i]}" if "second" in a else query
             found.append(Change(query_id, text, float(y[i] - x[i]), side(a, i, x[i]), side(b, i, y[i])))
     return found
 
@@ -154,3 +136,17 @@ def _search_side(rows: dict[str, list[Any]], i: int, value: float) -> dict[str, 
 
 def _pair_side(rows: dict[str, list[Any]], i: int, value: float) -> dict[str, Any]:
     return {"value": float(value), "cosine": rows["cosine"][i], "score": rows["score"][i]}
+
+
+def _label_side(rows: dict[str, list[Any]], i: int, value: float) -> dict[str, Any]:
+    told = ("label", "predicted", "nearest", "nearest_label")
+    return {"value": float(value)} | {name: rows[name][i] if name in rows else None for name in told}
+
+
+SIDES = {"similarity": _pair_side, "classification": _label_side}
+UNITS = {"similarity": "pairs", "classification": "texts"}
+
+
+def unit_of(kind: str) -> str:
+    """What a result of this kind counts: queries, pairs or texts."""
+    return UNITS.get(kind, "queries")

@@ -50,7 +50,7 @@ def retrieval(
         best = top_k(queries, documents(), data.corpus.ids, depth)
     seconds["search"] -= seconds["encode_documents"]  # which happens inside it
     result = from_rankings(data, *best, measures)
-    _describe(result, encoder)
+    describe(result, encoder)
     result.timing = seconds | {"documents_per_second": len(data.corpus) / max(seconds["encode_documents"], 1e-9)}
     if baseline:
         result.baselines = {"BM25": bm25(data, measures).metrics}
@@ -108,7 +108,7 @@ def similarity(data: PairData, encoder: Encoder) -> Result:
     seconds: dict[str, float] = {}
     n = len(data.scores)
     with timed(seconds, "encode"):
-        vectors = _unit(encoder.encode_queries([*data.first, *data.second]))
+        vectors = unit(encoder.encode_queries([*data.first, *data.second]))
     if not np.isfinite(vectors).all():
         raise KinvecError(f"{encoder.name} gave NaN or infinity; is the model broken? Try --precision fp32")
     cosines = np.einsum("nd,nd->n", vectors[:n], vectors[n:], dtype=np.float64)
@@ -122,12 +122,12 @@ def similarity(data: PairData, encoder: Encoder) -> Result:
     }
     values = {"spearman_cosine": metrics.spearman(gold, cosines), "pearson_cosine": metrics.pearson(gold, cosines)}
     result = Result(data.name or "similarity", "similarity", data.split, "", values, columns, data.fingerprint)
-    _describe(result, encoder)
+    describe(result, encoder)
     result.timing = seconds
     return result
 
 
-def _describe(result: Result, encoder: Encoder) -> None:
+def describe(result: Result, encoder: Encoder) -> None:
     """What a result says of the model; only `name` is sure to be there on every encoder."""
     result.model = encoder.name
     result.prompts = dict(getattr(encoder, "prompts", {}))
@@ -142,7 +142,7 @@ def _scaling(similarity: str) -> Callable[[np.ndarray], Float32[np.ndarray, "n d
     return SIMILARITIES[similarity]
 
 
-def _unit(vectors: Float[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
+def unit(vectors: Float[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
     """Rows at length 1, so that inner products are cosines; a zero vector stays one."""
     vectors = np.asarray(vectors, dtype=np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -150,6 +150,6 @@ def _unit(vectors: Float[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
 
 
 SIMILARITIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "cosine": _unit,
+    "cosine": unit,
     "dot": lambda vectors: np.asarray(vectors, dtype=np.float32),
 }

@@ -21,7 +21,7 @@ MEASURES = ("nDCG@10", "RR@10", "AP@10", "R@10", "R@100", "P@10")
 SHOWN = 10  # results kept for a person to read
 SNIPPET = 300  # characters of the first result kept
 QUERIES_AT_A_TIME = 4096  # queries whose rankings are Python objects at once
-LIBRARIES = ("kinvec", "torch", "transformers", "numpy", "ir-measures", "bm25s")
+LIBRARIES = ("kinvec", "torch", "transformers", "numpy", "ir-measures", "bm25s", "scikit-learn")
 
 
 def search_depth(measures: Sequence[str]) -> int:

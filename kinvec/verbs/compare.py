@@ -62,7 +62,9 @@ def show(comparison: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    what = "pairs" if comparison.kind == "similarity" else "queries"
+    from kinvec.tasks import unit_of
+
+    what = unit_of(comparison.kind)
     split = f", {comparison.split}" if comparison.split else ""
     print(f"{comparison.task}{split}: {comparison.queries:,} {what}\nA {comparison.a}\nB {comparison.b}")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -89,6 +91,9 @@ def _told(change: Change) -> str:
 def _side(side: dict[str, Any]) -> str:
     if "cosine" in side:
         return f"cosine {side['cosine']:.3f} for a score of {side['score']:g}"
+    if "label" in side:
+        taken = f", taken for {side['predicted']}" if side["predicted"] else ""
+        return f"{side['value']:.3f}, {side['label']}{taken}"
     place = f"relevant at {side['first_relevant']}" if side["first_relevant"] else "nothing relevant found"
     first = " ".join(side["top_text"].split())[:90] or side["top_id"] or "nothing"
     return f"{side['value']:.3f}, {place}; first: {first}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from kinvec.contracts import PairData, Qrels, Result, RetrievalData
+    from kinvec.contracts import Problem, Qrels, Result, RetrievalData
 
 
 def evaluate(
@@ -25,72 +25,54 @@ def evaluate(
     device: str = "auto",
     threads: int | None = None,
 ) -> Result:
-    """Evaluate `model` on `data`: retrieval (BEIR folder, examples) or scored pairs, whichever it is.
+    """Evaluate `model` on `data`: retrieval (BEIR folder, examples), scored pairs or labelled texts, whichever it is.
 
     `model` may be `bm25`, the lexical baseline by itself. With `embeddings`, a folder that `kinvec embed` wrote, its
     vectors are scored instead of a model, by the judgements of `data` or by its own. `measures` default to
-    `kinvec.tasks.MEASURES`. With `out` the result is written there. Raises `RecipeError` for arguments that do not go
+    the task's own. With `out` the result is written there. Raises `RecipeError` for arguments that do not go
     together and `KinvecError` for what is wrong with data or model, before anything is encoded.
     """
     from kinvec import tasks
     from kinvec.backbone import set_threads
     from kinvec.contracts import RecipeError
+    from kinvec.files import open_problem
     from kinvec.metrics import parse_measures
 
     if (model is None) == (embeddings is None):
         raise RecipeError("evaluate takes either --model NAME or --embeddings FOLDER; give one of them")
     if model is not None and data is None:
         raise RecipeError("evaluate needs judged data; add --data FOLDER_OR_FILE")
-    chosen = tuple(measures) or tasks.MEASURES
-    parse_measures(chosen)
+    if not set(measures) <= set(tasks.LABELLED):
+        parse_measures(measures)
     if out is not None:
         tasks.refuse_foreign(Path(out))
     set_threads(threads)
     if embeddings is not None:
-        result = _score_vectors(Path(embeddings), data, split, chosen)
+        result = _score_vectors(Path(embeddings), data, split, tuple(measures) or tasks.MEASURES)
     else:
         assert data is not None
-        result = _score_model(str(model), _open(data, split), chosen, precision, device)
+        result = _score_model(str(model), open_problem(data, split=split), measures, precision, device)
     if out is not None:
         tasks.save_result(result, out)
     return result
 
 
-def _open(data: str | Path, split: str) -> RetrievalData | PairData:
-    from kinvec.contracts import KinvecError
-    from kinvec.files import detect_kind, open_pairs, open_retrieval
-
-    kind = detect_kind(data, split=split)
-    if kind == "retrieval":
-        return open_retrieval(data, split=split)
-    if kind == "pairs":
-        return open_pairs(data, split=split)
-    raise KinvecError(
-        f"{data} holds {kind}, which cannot be scored; give judged queries and documents, or scored pairs"
-    )
-
-
-def _score_model(
-    model: str, data: RetrievalData | PairData, measures: Sequence[str], precision: str, device: str
-) -> Result:
+def _score_model(model: str, data: Problem, measures: Sequence[str], precision: str, device: str) -> Result:
     from kinvec import tasks
-    from kinvec.contracts import PairData, RecipeError
+    from kinvec.contracts import RecipeError, RetrievalData
     from kinvec.embedder import Embedder
 
     if model.lower() == "bm25":
-        if isinstance(data, PairData):
+        if not isinstance(data, RetrievalData):
             raise RecipeError("bm25 searches; it does not score pairs of texts. Name a model")
-        return tasks.bm25(data, measures)
-    embedder = Embedder.load(model, precision=precision, device=device)
-    if isinstance(data, PairData):
-        return tasks.similarity(data, embedder)
-    return tasks.retrieval(data, embedder, measures)
+        return tasks.bm25(data, tuple(measures) or tasks.MEASURES)
+    return tasks.measure(data, Embedder.load(model, precision=precision, device=device), measures)
 
 
 def _score_vectors(folder: Path, source: str | Path | None, split: str, measures: Sequence[str]) -> Result:
     from kinvec import tasks
-    from kinvec.contracts import KinvecError, PairData
-    from kinvec.files import vectors
+    from kinvec.contracts import KinvecError, RetrievalData
+    from kinvec.files import open_problem, vectors
 
     queries, documents = vectors.open_vectors(folder, "query"), vectors.open_vectors(folder, "doc")
     said = vectors.read_state(folder) or {}
@@ -101,8 +83,8 @@ def _score_vectors(folder: Path, source: str | Path | None, split: str, measures
     elif source is None:
         raise KinvecError(f"{folder} has no judgements (qrels.tsv); add --data with judged queries")
     else:
-        opened = _open(source, split)
-        if isinstance(opened, PairData):
+        opened = open_problem(source, split=split)
+        if not isinstance(opened, RetrievalData):
             raise KinvecError("an embeddings folder is scored by judged queries; scored pairs need --model")
         data, baselines = opened, {"BM25": tasks.bm25(opened, measures).metrics}
     result = tasks.from_vectors(
@@ -146,7 +128,9 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="A model folder, hub name or pkg:NAME; bm25 for BM25 itself.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="A BEIR folder, a file of examples, or scored pairs.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A BEIR folder, a file of examples, scored pairs, or labelled texts.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Which judgements to score by.")] = "test",
     out: Annotated[Path | None, typer.Option(help="Write results.json and per_query.parquet into this folder.")] = None,
     embeddings: Annotated[Path | None, typer.Option(help="Score this folder of vectors instead of a model.")] = None,
@@ -156,9 +140,10 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all unless set.")] = None,
 ) -> None:
-    """Measure a model on retrieval or similarity data, query by query.
+    """Measure a model on retrieval, similarity or labelled data, query by query.
 
-    Retrieval searches the whole corpus and shows BM25 beside the model; scored pairs give Spearman and Pearson.
+    Retrieval searches the whole corpus and shows BM25 beside the model; scored pairs give Spearman and Pearson,
+    labelled texts accuracies, silhouette and v-measure.
     """
     result = evaluate(
         model, data, split=split, out=out, embeddings=embeddings, measures=measure or (), precision=precision,
@@ -179,7 +164,9 @@ def show(result: Result) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    what = "pairs" if result.kind == "similarity" else "queries"
+    from kinvec.tasks import unit_of
+
+    what = unit_of(result.kind)
     split = f", {result.split}" if result.split else ""
     seconds = sum(value for key, value in result.timing.items() if not key.endswith("per_second"))
     precision = f" in {result.precision}" if result.precision else ""

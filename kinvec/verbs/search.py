@@ -65,7 +65,7 @@ def open_engines(
 ) -> dict[str, Engine]:
     """Both models of a run with their vectors of its evaluation corpus; settings default to the run's own."""
     from kinvec.backbone import set_threads
-    from kinvec.contracts import KinvecError
+    from kinvec.contracts import KinvecError, RetrievalData
     from kinvec.pipeline import open_model, open_run_data
     from kinvec.recipe import load_recipe
 
@@ -82,6 +82,8 @@ def open_engines(
     problem = data.test or data.dev
     if problem is None:
         raise KinvecError(f"{folder}: the run was made without evaluation data, so there is no corpus to search")
+    if not isinstance(problem, RetrievalData):
+        raise KinvecError(f"{folder}: the run learned from {data.table.kind}, so there is no corpus to search")
     models = {"base": recipe, "tuned": recipe.model_copy(update={"model": str(folder / "model"), "prompts": {}})}
     return {side: _engine(folder / "search", open_model(models[side]), problem, side) for side in SIDES}
 

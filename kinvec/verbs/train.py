@@ -73,7 +73,7 @@ def show(summary: dict[str, Any]) -> None:
 
     console = Console()
     for result in summary["results"]:
-        title = f"{result['task']}: {result['queries']} test queries"
+        title = f"{result['task']}: {result['queries']} test {result['unit']}"
         console.print(title, highlight=False)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in ("metric", "BM25", "base", "tuned", "difference", "95 % interval", "p"):

@@ -1,6 +1,5 @@
-"""Examples → batches: which pairs a step sees, and which of its documents may be negatives for which query.
+"""Retrieval examples → batches: which pairs a step sees, and which of its documents may be negatives for which query.
 
-Batch k is a function of (data, seed, k) alone, so a resumed run sees what an uninterrupted one would have seen.
 Shapes: B = queries of the batch, N = its documents.
 """
 
@@ -9,47 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kinvec.config import Settings
 from kinvec.contracts import Corpus, Example, RetrievalData
 from kinvec.files import Table, exact_key, text_key, text_keys
-
-
-class DataSettings(Settings):
-    """What is trained on, and how it is read."""
-
-    train: str = ""
-    """Training data: a BEIR folder, or a file of retrieval examples (JSON, JSONL, CSV, Parquet), SQuAD, triplets."""
-    dev: str | None = None
-    """Data that chooses the best checkpoint; unset, the dev split of a BEIR folder, else a held-out share of train."""
-    test: str | None = None
-    """Data for the evaluation before and after; unset, the test split of a BEIR folder, else a held-out share."""
-    split: str = "train"
-    """The split of a BEIR folder to train on."""
-    test_split: str = "test"
-    """The split of a BEIR folder to evaluate on."""
-    columns: dict[str, str] | None = None
-    """Names of the columns, where they differ: `{query: question, pos_doc: answer}`."""
-    kind: str | None = None
-    """The kind of data, where detection is wrong: retrieval, labelled, texts or pairs."""
-    skip_bad: bool = False
-    """Drop and count bad rows instead of stopping at the first."""
-    holdout: float = 0.1
-    """Share of the training queries held out where no dev (or test) data is named; 0 holds out none."""
-    distractors: int = 1000
-    """Documents of the training data added to the corpus of a held-out split, to make it a search problem."""
-    negatives_per_query: int = 4
-    """Hard negatives a query brings into the batch, at most; a query with fewer brings those it has."""
-    negatives: Literal["first", "random"] = "first"
-    """Which of more hard negatives: the first (as mined, the hardest), or a random draw at each epoch."""
-    max_length: int | None = None
-    """Tokens at which texts are cut; unset, the model's own maximum."""
+from kinvec.sampling.settings import DataSettings
 
 
 @dataclass(frozen=True)
@@ -68,6 +36,11 @@ class PairBatch:
     weights: Float[Tensor, " B"]
     scores: Float[Tensor, " B"]
     query_ids: list[str]
+
+    @property
+    def ids(self) -> list[str]:
+        """What a message calls the rows."""
+        return self.query_ids
 
 
 class KnownPositives:
@@ -204,22 +177,6 @@ def _excluded(
         excluded[row, hits] = True
         excluded[row, row] = False
     return excluded
-
-
-def hold_out(table: Table, share: float, name: str) -> tuple[Int[np.ndarray, " A"], Int[np.ndarray, " B"]]:
-    """(kept, held out) rows: about `share` of the queries, chosen by a hash of their text and `name`.
-
-    A query's rows stay together, and the same queries are held out whatever the order of the file.
-    """
-    keys = np.concatenate([_query_draws(batch.column("query").to_pylist(), name) for batch in table.batches(["query"])])
-    distinct = np.unique(keys)
-    count = round(len(distinct) * share) if len(distinct) > 1 else 0
-    held = np.isin(keys, distinct[: max(count, 1 if share > 0 and len(distinct) > 1 else 0)])
-    return np.flatnonzero(~held), np.flatnonzero(held)
-
-
-def _query_draws(queries: Sequence[str], name: str) -> Int[np.ndarray, " n"]:
-    return np.array([text_key(f"{name}\x00{query}") for query in queries], dtype=np.int64)
 
 
 def as_retrieval(table: Table, examples: Int[np.ndarray, " E"], distractors: int, name: str) -> RetrievalData:

@@ -1,0 +1,184 @@
+"""Labelled texts: how well classifiers, neighbours and clusters over the embeddings recover the labels.
+
+Classifiers learn from the training texts of the data and are judged on its test texts; the model itself is not touched.
+Vectors are scaled to length 1. Every draw has its own seed, so the same vectors give the same figures.
+Shapes: n = test texts, m = training texts, d = dimensions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, Shaped
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import silhouette_samples
+from sklearn.neighbors import KNeighborsClassifier
+
+from kinvec import metrics
+from kinvec.contracts import Encoder, KinvecError, LabelledData, RecipeError, Result
+from kinvec.tasks.evaluation import describe, unit
+from kinvec.tasks.rankings import SNIPPET, timed
+
+SEED = 42
+DRAWS, TEXTS_A_LABEL = 10, 8  # of the few-shot protocol of MTEB (Muennighoff et al. 2023)
+NEIGHBOURS = 5
+ITERATIONS = 100  # of logistic regression, as in MTEB
+
+Columns = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The embedded data."""
+
+    vectors: Float32[np.ndarray, "n d"]
+    labels: Shaped[np.ndarray, " n"]
+    training_vectors: Float32[np.ndarray, "m d"]
+    training_labels: Shaped[np.ndarray, " m"]
+    training_texts: Sequence[str]
+
+
+def classification(data: LabelledData, encoder: Encoder, measures: Sequence[str] = ()) -> Result:
+    """How well the labels are recovered, by `measures` (the keys of `LABELLED`, all unless named); text by text.
+
+    All texts are encoded as queries, as for similarity. Raises `KinvecError` for data without two labels or without
+    training texts, `RecipeError` for an unknown measure.
+    """
+    _check(data)
+    names = tuple(measures) or tuple(LABELLED)
+    if unknown := next((name for name in names if name not in LABELLED), None):
+        raise RecipeError(f"unknown measure '{unknown}' of labelled texts; there are {', '.join(LABELLED)}")
+    seconds: dict[str, float] = {}
+    n = len(data.texts)
+    with timed(seconds, "encode"):
+        vectors = unit(encoder.encode_queries([*data.texts, *data.training_texts]))
+    if not np.isfinite(vectors).all():
+        raise KinvecError(f"{encoder.name} gave NaN or infinity; is the model broken? Try --precision fp32")
+    labels, known = np.array(data.labels), np.array(data.training_labels)
+    space = Space(vectors[:n], labels, vectors[n:], known, data.training_texts)
+    columns: Columns = {"id": [str(i) for i in range(n)], "query": list(data.texts), "label": list(data.labels)}
+    values: dict[str, float] = {}
+    with timed(seconds, "classify"):
+        for name in names:
+            columns |= LABELLED[name](space)
+            whole = name in WHOLE_SET
+            values[name] = WHOLE_SET[name](columns) if whole else metrics.mean(columns[name])
+        columns |= _picture(space.vectors)
+    result = Result(data.name or "labels", "classification", data.split, "", values, columns, data.fingerprint)
+    describe(result, encoder)
+    result.timing = seconds
+    return result
+
+
+def _check(data: LabelledData) -> None:
+    where = data.name or "the data"
+    if len(set(data.labels)) < 2:
+        raise KinvecError(f"{where}: the texts to be judged have fewer than two labels; there is nothing to tell apart")
+    if len(set(data.training_labels)) < 2:
+        raise KinvecError(f"{where}: the training texts have fewer than two labels; a classifier needs two to learn")
+
+
+def few_shot(space: Space) -> Columns:
+    """MTEB's protocol: logistic regression on 8 training texts a label, 10 draws; the share of draws that are right.
+
+    The draws are those of MTEB: each reseeds with 42 and shuffles the list as the draw before left it.
+    """
+    order = np.arange(len(space.training_labels))
+    right = np.zeros(len(space.labels))
+    votes: list[Counter[str]] = [Counter() for _ in space.labels]
+    for _ in range(DRAWS):
+        np.random.RandomState(SEED).shuffle(order)
+        chosen = _first_of_each(space.training_labels, order)
+        predicted = _regression(space.training_vectors[chosen], space.training_labels[chosen], space.vectors)
+        right += predicted == space.labels
+        for vote, label in zip(votes, predicted.tolist(), strict=True):
+            vote[label] += 1
+    often = [vote.most_common(1)[0][0] for vote in votes]
+    return {"accuracy": (right / DRAWS).tolist(), "predicted": often}
+
+
+def _first_of_each(labels: Shaped[np.ndarray, " m"], order: Int[np.ndarray, " m"]) -> Int[np.ndarray, " k"]:
+    """The first texts of each label, at most `TEXTS_A_LABEL`, in this order."""
+
+    def chosen() -> Iterator[int]:
+        seen: Counter[str] = Counter()
+        for row in order.tolist():
+            if seen[labels[row]] < TEXTS_A_LABEL:
+                seen[labels[row]] += 1
+                yield row
+
+    return np.fromiter(chosen(), dtype=np.int64)
+
+
+def _regression(
+    vectors: Float[np.ndarray, "k d"], labels: Shaped[np.ndarray, " k"], asked: Float[np.ndarray, "n d"]
+) -> Shaped[np.ndarray, " n"]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol stops after so many iterations
+        fitted = LogisticRegression(max_iter=ITERATIONS, random_state=SEED).fit(vectors, labels)
+    predicted: np.ndarray = fitted.predict(asked)
+    return predicted
+
+
+def regression(space: Space) -> Columns:
+    """Logistic regression on all training texts: 1 where it is right."""
+    predicted = _regression(space.training_vectors, space.training_labels, space.vectors)
+    return {"accuracy_lr": (predicted == space.labels).astype(float).tolist(), "predicted_lr": predicted.tolist()}
+
+
+def neighbours(space: Space) -> Columns:
+    """The majority of the 5 training texts with the highest cosine: 1 where it is right; and what the nearest one says.
+
+    Equally many votes go to the label that sorts first.
+    """
+    count = min(NEIGHBOURS, len(space.training_labels))
+    fitted = KNeighborsClassifier(count, metric="cosine").fit(space.training_vectors, space.training_labels)
+    predicted = fitted.predict(space.vectors)
+    nearest = fitted.kneighbors(space.vectors, 1, return_distance=False)[:, 0].tolist()
+    return {
+        "accuracy_knn": (predicted == space.labels).astype(float).tolist(),
+        "predicted_knn": predicted.tolist(),
+        "nearest": [space.training_texts[row][:SNIPPET] for row in nearest],
+        "nearest_label": space.training_labels[nearest].tolist(),
+    }
+
+
+def silhouette(space: Space) -> Columns:
+    """How much nearer a text is to its own label than to the next one, −1 to 1 (Rousseeuw 1987), by cosine distance."""
+    if len(set(space.labels.tolist())) == len(space.labels):
+        return {"silhouette": [0.0] * len(space.labels)}  # each text alone with its label
+    return {"silhouette": silhouette_samples(space.vectors, space.labels, metric="cosine").astype(float).tolist()}
+
+
+def clusters(space: Space) -> Columns:
+    """The cluster of each text by k-means (10 starts), as many clusters as there are labels."""
+    count = len(set(space.labels.tolist()))
+    return {"cluster": KMeans(count, n_init=10, random_state=SEED).fit_predict(space.vectors).tolist()}
+
+
+def _picture(vectors: Float32[np.ndarray, "n d"]) -> Columns:
+    """Places in the plane: the first two principal components, each pointing where its largest entry is positive."""
+    centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
+    _, directions = np.linalg.eigh(centred.T @ centred)
+    plane = directions[:, ::-1][:, :2]
+    plane = plane * np.sign(plane[np.abs(plane).argmax(axis=0), np.arange(plane.shape[1])])
+    places = np.pad(centred @ plane, ((0, 0), (0, 2 - plane.shape[1])))
+    return {"x": places[:, 0].tolist(), "y": places[:, 1].tolist()}
+
+
+LABELLED: dict[str, Callable[[Space], Columns]] = {
+    "accuracy": few_shot, "accuracy_lr": regression, "accuracy_knn": neighbours, "silhouette": silhouette,
+    "v_measure": clusters,
+}  # fmt: skip
+"""Measure → the columns it makes, one of its own name with a value a text, or what a statistic of `WHOLE_SET` needs."""
+
+WHOLE_SET: dict[str, Callable[[Columns], float]] = {
+    "v_measure": lambda columns: metrics.v_measure(np.array(columns["label"]), np.array(columns["cluster"]))
+}
