@@ -18,6 +18,7 @@ _PUBLIC = {  # name → the module that holds it; imported when first asked for,
     "search": "kinvec.verbs.search",
     "convert": "kinvec.verbs.convert",
     "info": "kinvec.verbs.info",
+    "prepare": "kinvec.verbs.prepare",
     "init": "kinvec.verbs.init",
     "demo": "kinvec.verbs.demo",
 }

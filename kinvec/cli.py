@@ -14,6 +14,7 @@ VERBS = {
     "demo": "Build a search problem from installed packages, tune a model on it, show the gain.",
     "init": "Write a commented recipe for your own data.",
     "check": "Say what is wrong with training data: file, line and remedy.",
+    "prepare": "Cut raw text into training texts.",
     "train": "Train an embedding model on your data, and prove that it got better.",
     "evaluate": "Measure a model on retrieval or similarity data, query by query.",
     "compare": "Compare two results: difference, interval, p-value, wins and losses.",
