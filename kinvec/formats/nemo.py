@@ -20,12 +20,13 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kinvec.console import say
 from kinvec.contracts import KinvecError
 from kinvec.embedder import open_folder
 from kinvec.files import replace_folder, saying_full
 from kinvec.files.writing import beside_path
 from kinvec.formats import nemo_archive as archives
-from kinvec.formats.nemo_bert import expected, to_nemo
+from kinvec.formats.nemo_bert import count_layers, to_nemo
 from kinvec.formats.nemo_config import model_config, read_settings
 from kinvec.formats.nemo_folder import OURS, encoder_tensors, lay_out, tokenizer_name
 from kinvec.formats.nemo_weights import read_weights, write_sharded, write_whole
@@ -46,7 +47,7 @@ def write_nemo(source: str, archive: Path, *, mcore: bool, tokenizer: str | None
     tensors, left_out = encoder_tensors(source, config)
     if (dtype := PRECISIONS[precision]) is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    settings = model_config(config, tensors, mcore, tokenizer or tokenizer_name(source))
+    settings = model_config(config, tensors, mcore, _named_tokenizer(source, tokenizer))
     with _workplace(archive, 3 * _bytes(tensors)) as work:
         content = work / "content"
         embedder.save(content / OURS)
@@ -78,8 +79,10 @@ def read_nemo(archive: Path, folder: Path, *, tokenizer: str | None, precision: 
     """
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "kinvec.json").is_file())):
         raise KinvecError(f"{folder}: it is there and is not a model saved by kinvec; choose another name")
+    if archive.is_dir():
+        raise KinvecError(f"{archive}: a folder, as NeMo 2 writes them, is not read; only .nemo archives are")
     with _workplace(folder, 3 * archive.stat().st_size) as work:
-        content, plain = work / "content", work / "plain"
+        content, plain = work / "content", work / OURS
         content.mkdir()
         archives.unpack(archive, content)
         with _naming(archive, work):
@@ -131,6 +134,15 @@ def _form(names: list[str]) -> str:
     return f"one file for each of {len(ranks)} ranks" if ranks else "one file"
 
 
+def _named_tokenizer(source: str, given: str | None) -> str:
+    """The tokenizer's name for NeMo to look up; says so where none is known."""
+    if name := given or tokenizer_name(source):
+        return name
+    name = Path(source).resolve().name
+    say(f"{source}: its files name no tokenizer on the hub; NeMo will look for '{name}': --tokenizer NAME sets it")
+    return name
+
+
 def _refuse_other(archive: Path) -> None:
     try:
         archives.read_config(archive)
@@ -141,7 +153,7 @@ def _refuse_other(archive: Path) -> None:
 @contextmanager
 def _workplace(destination: Path, size: int) -> Iterator[Path]:
     """A fresh folder beside the destination, gone afterwards; a full disk is said as such."""
-    work = beside_path(destination.absolute())
+    work = beside_path(destination.absolute()).with_suffix(".work")  # replace_folder has the name with .tmp
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
@@ -162,18 +174,21 @@ def _naming(archive: Path, work: Path) -> Iterator[None]:
 
 
 def _fitted(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """All tensors that the folder's `config.json` asks for, with the vocabulary trimmed to its size."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    missing = [name for name in expected(config["num_hidden_layers"]) if name not in tensors]
-    if missing:
-        raise KinvecError(f"the weights lack {len(missing)} tensors, '{missing[0]}' among them")
+    """The tensors as the folder's `config.json` wants them: the vocabulary trimmed to its size."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        vocabulary, layers = int(config["vocab_size"]), int(config["num_hidden_layers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise KinvecError(f"{OURS}/config.json is damaged") from None
+    if layers != count_layers(tensors):
+        raise KinvecError(f"{OURS}/config.json tells of {layers} layers, the weights of {count_layers(tensors)}")
     words = "embeddings.word_embeddings.weight"
-    if len(tensors[words]) < config["vocab_size"]:
+    if len(tensors[words]) < vocabulary:
         raise KinvecError(
             f"the tokenizer has {config['vocab_size']:,} tokens, but only {len(tensors[words]):,} have an embedding; "
             "name the tokenizer it was trained with: --tokenizer NAME"
         )
-    return {**tensors, words: tensors[words][: config["vocab_size"]].contiguous()}
+    return {**tensors, words: tensors[words][:vocabulary].contiguous()}
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -12,8 +12,9 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -36,7 +37,7 @@ class Refused(KinvecError):
 class _Careful:
     """A file for tarfile to read, which refuses to read more than `MOST_HEADER_BYTES` in one piece."""
 
-    def __init__(self, file: IO[bytes], name: Path) -> None:
+    def __init__(self, file: BufferedIOBase, name: Path) -> None:
         self._file, self._name = file, name
 
     def read(self, size: int = -1) -> bytes:

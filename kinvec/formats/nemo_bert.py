@@ -50,6 +50,7 @@ EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.
 # Heads of pre-training, and what Transformer Engine keeps beside its weights: no embedding depends on them.
 LEFT_OUT = re.compile(r"_extra_state|position_ids$|^(lm_head|binary_head|output_layer|word_embeddings|cls)\.")
 _LAYER = re.compile(r"(?:encoder|transformer)\.layers?\.(?:(\d+)\.)?(.+)\.(weight|bias)")
+_NUMBER = re.compile(r"encoder\.layer\.(\d+)\.")
 _OUTSIDE_BY_NAME = {part.mcore: part.hf for part in OUTSIDE}
 _INSIDE_BY_NAME = {name: part.hf for part in INSIDE for name in (part.mcore, part.other)}
 _AXES = {part.hf: part.axis for part in (*OUTSIDE, *INSIDE, *SEPARATE)}
@@ -64,6 +65,11 @@ def expected(layers: int) -> list[str]:
     return (
         outside + norms + [f"encoder.layer.{n}.{hf}.{kind}" for n in range(layers) for hf in inside for kind in kinds]
     )
+
+
+def count_layers(tensors: Iterable[str]) -> int:
+    """How many layers tensors of these Hugging Face names make up: the highest number counts."""
+    return 1 + max((int(match[1]) for name in tensors if (match := _NUMBER.match(name))), default=-1)
 
 
 def interleave(
@@ -141,7 +147,8 @@ def from_nemo(tensors: Mapping[str, Tensor], heads: int, legacy: bool, first_lay
             continue
         for where, kind, value in _translated(name, tensor, first_layer, full):
             if where.endswith(FUSED.hf):
-                for part, one in zip(SEPARATE, _separated(value, heads, legacy, full), strict=True):
+                in_thirds = legacy and FUSED.mcore not in name  # mcore has never had the old order
+                for part, one in zip(SEPARATE, _separated(value, heads, in_thirds, full), strict=True):
                     found[f"{where.removesuffix(FUSED.hf)}{part.hf}.{kind}"] = one
             else:
                 found[f"{where}.{kind}"] = value
@@ -149,8 +156,8 @@ def from_nemo(tensors: Mapping[str, Tensor], heads: int, legacy: bool, first_lay
 
 
 def _separated(fused: Tensor, heads: int, legacy: bool, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    if fused.shape[0] % (3 * heads):
-        raise KinvecError(f"'{name}' has {fused.shape[0]} rows, which {heads} attention heads do not share")
+    if not fused.ndim or fused.shape[0] % (3 * heads):
+        raise KinvecError(f"'{name}' of shape {tuple(fused.shape)} has rows that {heads} attention heads do not share")
     return separate(fused, heads, legacy)
 
 

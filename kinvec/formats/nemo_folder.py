@@ -15,7 +15,7 @@ from torch import Tensor
 from kinvec.backbone import fetch, find_model
 from kinvec.contracts import KinvecError
 from kinvec.files import write_json
-from kinvec.formats.nemo_bert import expected
+from kinvec.formats.nemo_bert import count_layers, expected
 from kinvec.formats.nemo_config import Settings
 
 OURS = "kinvec"  # the folder inside the archive that NeMo does not look at
@@ -50,8 +50,8 @@ def encoder_tensors(source: str, config: Any) -> tuple[dict[str, Tensor], list[s
     return {name: named[name] for name in wanted if name in named}, left_out
 
 
-def tokenizer_name(source: str) -> str:
-    """The hub name under which NeMo will look for the tokenizer: the source's own, or the one its files mention."""
+def tokenizer_name(source: str) -> str | None:
+    """The hub name of a model's tokenizer: the source's own, or the one its files mention; None where there is none."""
     if not source.startswith("pkg:") and not Path(source).expanduser().is_dir():
         return source
     for file, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
@@ -59,7 +59,7 @@ def tokenizer_name(source: str) -> str:
         name = json.loads(path.read_text("utf-8")).get(key) if path.is_file() else None
         if isinstance(name, str) and _HUB_NAME.fullmatch(name):
             return name
-    return Path(source).name if not source.startswith("pkg:") else source.removeprefix("pkg:")
+    return None
 
 
 def lay_out(ours: Path, plain: Path, settings: Settings, tensors: Mapping[str, Tensor], tokenizer: str | None) -> None:
@@ -69,7 +69,9 @@ def lay_out(ours: Path, plain: Path, settings: Settings, tensors: Mapping[str, T
     the mean of the token vectors and scale it to length 1.
     """
     plain.mkdir()
-    if ours.is_dir() and tokenizer is None:
+    if ours.is_dir():
+        if tokenizer is not None:
+            raise KinvecError("it holds its own tokenizer, written by kinvec; leave --tokenizer out")
         _copy_ours(ours, plain)
         return
     from transformers import BertConfig
@@ -82,7 +84,7 @@ def lay_out(ours: Path, plain: Path, settings: Settings, tensors: Mapping[str, T
         architectures=["BertModel"],
         vocab_size=len(words),
         hidden_size=width,
-        num_hidden_layers=len([name for name in tensors if name.endswith("attention.self.query.bias")]),
+        num_hidden_layers=count_layers(tensors),
         num_attention_heads=settings.heads,
         intermediate_size=len(tensors["encoder.layer.0.intermediate.dense.bias"]),
         hidden_act=settings.activation,
@@ -119,9 +121,7 @@ def _copy_ours(ours: Path, plain: Path) -> None:
         modules = json.loads((plain / "modules.json").read_text("utf-8"))
         places = [str(module["path"]) for module in modules]
     except (OSError, ValueError, KeyError, TypeError):
-        raise KinvecError(
-            f"its folder {OURS}/ is damaged; name the tokenizer to do without it: --tokenizer NAME"
-        ) from None
+        raise KinvecError(f"its folder {OURS}/ is damaged (modules.json)") from None
     if any(place and not re.fullmatch(r"\d+_\w+", place) for place in places):
         raise KinvecError(f"'{OURS}/modules.json' leads outside its folder; refused")
 

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,16 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from kinvec import checkpoint
 from kinvec.contracts import KinvecError
 from kinvec.formats.nemo_archive import Refused
-from kinvec.formats.nemo_bert import EXTRA_STATES, LEFT_OUT, from_nemo, join_ranks, shorten, stack_layers
+from kinvec.formats.nemo_bert import (
+    EXTRA_STATES,
+    LEFT_OUT,
+    count_layers,
+    expected,
+    from_nemo,
+    join_ranks,
+    shorten,
+    stack_layers,
+)
 
 SHARDED, WHOLE = "model_weights", "model_weights.ckpt"
 BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
@@ -49,18 +59,34 @@ def write_sharded(folder: Path, tensors: Mapping[str, Tensor], layers: int) -> N
     (place / "metadata.json").write_text(json.dumps(BACKENDS), "utf-8")
 
 
-def _empty_state() -> io.BytesIO:
-    """What Transformer Engine saves when there is nothing to save."""
+def _empty_state() -> list[io.BytesIO]:
+    """What Transformer Engine saves when there is nothing to save, in a list as Megatron Core has it."""
     nothing = io.BytesIO()
     torch.save(None, nothing)
-    return nothing
+    return [nothing]
 
 
 def read_weights(folder: Path, heads: int, legacy: bool) -> dict[str, Tensor]:
-    """Hugging Face's tensors of an unpacked archive, whichever form its weights have.
+    """Hugging Face's tensors of an unpacked archive, whichever form its weights have, but for the heads complete.
 
     Raises `KinvecError` when there are none, when they are incomplete, or when they hold more than tensors.
     """
+    try:
+        tensors = _read(folder, heads, legacy)
+    except (RuntimeError, IndexError) as error:  # torch's, for tensors that cannot be cut or joined
+        raise KinvecError(f"the shapes of its weights do not fit each other ({str(error).splitlines()[0]})") from None
+    words, positions, types = (f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
+    if words in tensors:  # num_tokentypes 0: nothing is added, as of one type that is zero
+        tensors.setdefault(types, torch.zeros_like(tensors[words][:1]))
+    missing = [name for name in expected(max(1, count_layers(tensors))) if name not in tensors]
+    if missing:
+        raise KinvecError(f"the weights lack {len(missing)} tensors, '{missing[0]}' among them")
+    if tensors[words].ndim != 2 or tensors[positions].ndim != 2:
+        raise KinvecError("its embeddings are no tables")
+    return tensors
+
+
+def _read(folder: Path, heads: int, legacy: bool) -> dict[str, Tensor]:
     if (folder / SHARDED).is_dir():
         return from_nemo(_read_sharded(folder / SHARDED), heads, legacy)
     if (folder / WHOLE).is_file():
@@ -93,7 +119,7 @@ def _read_ranks(files: Mapping[tuple[int, int], Mapping[str, Tensor]], heads: in
     for stage in range(stages):
         ranks = [from_nemo(files[stage, rank], heads // width, legacy, layers) for rank in range(width)]
         whole |= join_ranks(ranks)
-        layers = 1 + max((int(m[1]) for name in whole if (m := re.match(r"encoder\.layer\.(\d+)\.", name))), default=-1)
+        layers = count_layers(whole)
     return whole
 
 
@@ -103,7 +129,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise KinvecError(f"{path.parent.name}/{path.name} is missing")
     _refuse_bomb(path)
     try:
-        with torch.serialization.safe_globals([io.BytesIO]):  # Transformer Engine's extra states: plain bytes
+        with warnings.catch_warnings(), torch.serialization.safe_globals([io.BytesIO]):  # extra states are plain bytes
+            warnings.simplefilter("ignore")  # torch's remarks on old ways of pickling
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
@@ -150,20 +177,20 @@ def _read_sharded(folder: Path) -> dict[str, Tensor]:
             f"its weights are sharded by '{backend}', which is not read; "
             "convert them to torch_dist with NeMo's convert_zarr_to_torch_dist.py first"
         )
-    metadata = checkpoint.SafeReader(folder).read_metadata()
-    entries = {
-        name: entry
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and not LEFT_OUT.search(shorten(name))
-    }
-    _check_entries(folder, metadata, entries)
+    try:
+        entries = _entries(folder, checkpoint.SafeReader(folder).read_metadata())
+    except (AttributeError, TypeError, IndexError) as error:
+        raise Refused(f"the metadata of its sharded weights cannot be read ({error}); refused") from None
     state = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     checkpoint.load_into(folder, state)
     return state
 
 
-def _check_entries(folder: Path, metadata: Metadata, entries: Mapping[str, TensorStorageMetadata]) -> None:
-    """Refuse metadata that points outside the folder, promises more than its files hold, or leaves holes."""
+def _entries(folder: Path, metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """The metadata of the tensors that count.
+
+    Refuses what points outside the folder, promises more than its files hold, or leaves holes.
+    """
     for place in (metadata.storage_data or {}).values():
         if Path(place.relative_path).name != place.relative_path or not (folder / place.relative_path).is_file():
             raise Refused(
@@ -171,6 +198,11 @@ def _check_entries(folder: Path, metadata: Metadata, entries: Mapping[str, Tenso
             )
     held = sum(path.stat().st_size for path in folder.glob("*.distcp"))
     promised = 0
+    entries = {
+        name: entry
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and not LEFT_OUT.search(shorten(name))
+    }
     for name, entry in entries.items():
         if entry.properties.dtype not in TYPES or min(entry.size, default=0) < 1:
             raise KinvecError(f"'{name}' is no tensor of floating-point numbers")
@@ -181,3 +213,4 @@ def _check_entries(folder: Path, metadata: Metadata, entries: Mapping[str, Tenso
             )
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             raise KinvecError(f"the shards of '{name}' do not make up the whole tensor")
+    return entries

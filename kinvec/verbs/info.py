@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,8 +12,13 @@ import typer
 def info(model: str) -> dict[str, Any]:
     """What a model is: architecture, sizes, pooling, prompts, how texts go through it, and where it comes from.
 
-    Takes a folder, a hub name or `pkg:NAME`. Raises `KinvecError` for what is no model.
+    Takes a folder, a hub name or `pkg:NAME`, or a `.nemo`, of which only the settings are read. Raises `KinvecError`
+    for what is no model.
     """
+    if model.endswith(".nemo"):
+        from kinvec.formats.nemo import describe
+
+        return describe(Path(model))
     from kinvec.embedder import open_folder
 
     embedder = open_folder(model)
@@ -37,7 +43,7 @@ def info(model: str) -> dict[str, Any]:
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or pkg:NAME.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name, pkg:NAME, or a .nemo.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Say what a model folder is: architecture, pooling, prompts, maximum length, lineage."""
@@ -52,7 +58,7 @@ def command(
     for key, value in said.items():
         if key != "lineage":
             table.add_row(key.replace("_", " "), _plain(key, value))
-    for stage in said["lineage"]:
+    for stage in said.get("lineage", []):
         made = f"{stage['objective']} from {stage['base']}, seed {stage['seed']}, {stage['metrics']['steps']} steps"
         table.add_row(f"stage {stage['stage']}", made)
     Console().print(table)
