@@ -36,6 +36,7 @@ Number = float | int  # JSON has both for the same thing
 POINTS = 400  # of a learning curve that are drawn: more than a screen tells apart
 SMOOTHING = 0.9  # of the loss: each point keeps this share of the last
 EXAMPLES = 6  # wins, and losses, of each task
+COLOURS = 8  # labels of a picture that have a colour of their own
 SEARCH_METRICS = ("nDCG@10", "RR@10", "R@10", "R@100")  # shown first, in this order; the others follow
 
 
@@ -133,10 +134,42 @@ def _task(base: Result, tuned: Result | None) -> dict[str, Any]:
         "precision": tuned.precision if tuned else base.precision,
         "rows": rows,
         "axis": axis(ends, low=0.0 if min(ends) >= 0 else -1.0, high=1.0),
+        "map": _map(base, tuned),
         "by": comparison.by if comparison else None,
         "wins": [asdict(change) for change in comparison.wins] if comparison else [],
         "losses": [asdict(change) for change in comparison.losses] if comparison else [],
     }
+
+
+def _map(base: Result, tuned: Result | None) -> dict[str, Any] | None:
+    """The texts in the plane before and after, by label; of many labels those that the base recovers worst."""
+    if "x" not in base.per_query or all(x is None for x in base.per_query["x"]):
+        return None
+    worst: dict[str, list[float]] = {}
+    for label, value in zip(base.per_query["label"], base.per_query[_main_metric(base)], strict=True):
+        worst.setdefault(label, []).append(value)
+    labels = sorted(worst, key=lambda label: float(np.mean(worst[label])))[:COLOURS]
+    named = sorted(labels)
+    colour = {label: number for number, label in enumerate(named)}
+    sides = [(title, _places(side, colour)) for title, side in (("Before", base), ("After", tuned)) if side]
+    return {"labels": named, "others": len(worst) - len(named), "sides": sides}
+
+
+def _places(result: Result, colour: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Each text's place in per cent of a square, at one scale in both directions; texts without a colour first."""
+    rows = zip(*(result.per_query[column] for column in ("x", "y", "label", "query")), strict=True)
+    found = [(x, y, label, text) for x, y, label, text in rows if x is not None]
+    xs, ys = ([row[i] for row in found] for i in (0, 1))
+    scale = 94 / (max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0)
+    middle = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
+    dots = [
+        {
+            "x": round(50 + (x - middle[0]) * scale, 1), "y": round(50 - (y - middle[1]) * scale, 1),
+            "colour": colour.get(label), "title": f"{label}: {snippet(text, 90)}",
+        }
+        for x, y, label, text in found
+    ]  # fmt: skip
+    return sorted(dots, key=lambda dot: dot["colour"] is not None)
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
