@@ -66,7 +66,18 @@ class _Unpickler(pickle.Unpickler):
 def _read_metadata(path: Path) -> Metadata:
     try:
         metadata = _Unpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
+    except KinvecError:
+        raise
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        EOFError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise KinvecError(f"{path}: the checkpoint's metadata cannot be read ({error})") from None
     if not isinstance(metadata, Metadata):
         raise KinvecError(f"{path}: the checkpoint's metadata cannot be read (it holds {type(metadata).__name__})")

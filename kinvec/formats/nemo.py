@@ -7,6 +7,7 @@ one nevertheless, with pooling, prompts and lineage, in a folder `kinvec/` that 
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import shutil
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from kinvec.console import say
 from kinvec.contracts import KinvecError
-from kinvec.embedder import open_folder
+from kinvec.embedder import Embedder, open_folder
 from kinvec.files import replace_folder, saying_full
 from kinvec.files.writing import beside_path
 from kinvec.formats import nemo_archive as archives
@@ -66,7 +67,7 @@ def write_nemo(source: str, archive: Path, *, mcore: bool, tokenizer: str | None
         "tensors": len(tensors),
         "precision": _types(tensors),
         "tokenizer": settings["tokenizer"]["type"],
-        "left out": left_out,
+        "left_out": left_out,
     }
 
 
@@ -93,7 +94,7 @@ def read_nemo(archive: Path, folder: Path, *, tokenizer: str | None, precision: 
             if (dtype := PRECISIONS[precision]) is not None:
                 tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
             save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
-            embedder = open_folder(plain)
+            embedder = _opened(plain)
         embedder.save(work / "model")
         (plain / "model.safetensors").replace(work / "model" / "model.safetensors")  # in its own precision
         replace_folder(work / "model", folder)
@@ -152,15 +153,29 @@ def _refuse_other(archive: Path) -> None:
 
 @contextmanager
 def _workplace(destination: Path, size: int) -> Iterator[Path]:
-    """A fresh folder beside the destination, gone afterwards; a full disk is said as such."""
+    """A fresh folder beside the destination, gone afterwards; a full disk is said as such.
+
+    What a killed conversion to the same destination left there is swept.
+    """
     work = beside_path(destination.absolute()).with_suffix(".work")  # replace_folder has the name with .tmp
-    shutil.rmtree(work, ignore_errors=True)
+    for left in work.parent.glob(f".{glob.escape(destination.name)}.*.work"):
+        shutil.rmtree(left, ignore_errors=True)
     work.mkdir(parents=True)
     try:
         with saying_full(work, size):
             yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _opened(folder: Path) -> Embedder:
+    """The model folder opened, which shows that it is whole."""
+    try:
+        return open_folder(folder)
+    except KinvecError:
+        raise
+    except Exception as error:  # of damaged files the tokenizers library says so in plain exceptions
+        raise KinvecError(f"its folder {OURS}/ cannot be opened ({str(error).splitlines()[0]})") from None
 
 
 @contextmanager

@@ -119,8 +119,8 @@ def _copy_ours(ours: Path, plain: Path) -> None:
             shutil.copyfile(path, plain / name)
     try:
         modules = json.loads((plain / "modules.json").read_text("utf-8"))
-        places = [str(module["path"]) for module in modules]
-    except (OSError, ValueError, KeyError, TypeError):
+        places = [str(module["path"]) for module in modules if module["type"].isprintable()]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         raise KinvecError(f"its folder {OURS}/ is damaged (modules.json)") from None
     if any(place and not re.fullmatch(r"\d+_\w+", place) for place in places):
         raise KinvecError(f"'{OURS}/modules.json' leads outside its folder; refused")

@@ -60,4 +60,4 @@ def command(
         return
     for key, value in said.items():
         if value:
-            print(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+            print(f"{key.replace('_', ' ')}: {', '.join(map(str, value)) if isinstance(value, list) else value}")

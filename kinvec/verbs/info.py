@@ -52,9 +52,9 @@ def command(
         print(json.dumps(said, indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = Table("", Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
     for key, value in said.items():
         if key != "lineage":
             table.add_row(key.replace("_", " "), _plain(key, value))
