@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kinvec.contracts import KinvecError
+from kinvec.objectives import make_objective
 from kinvec.recipe import load_recipe
 from kinvec.verbs.init import init, suggest
 
@@ -51,10 +52,24 @@ def test_a_recipe_is_never_overwritten_unasked(tmp_path: Path) -> None:
     assert "contrastive" in file.read_text()
 
 
+@pytest.mark.parametrize(
+    ("kind", "objective", "rows"),
+    [
+        ("labelled", "triplet", "text,label\nsome text,a\nother text,b\n"),
+        ("pairs", "cosent", "sentence1,sentence2,score\nsome text,a text,3.5\nother text,a word,1\n"),
+    ],
+)
+def test_the_objective_is_one_for_the_data(tmp_path: Path, kind: str, objective: str, rows: str) -> None:
+    (tmp_path / "rows.csv").write_text(rows)
+    assert init(tmp_path / "recipe.yaml", tmp_path / "rows.csv")["kind"] == kind
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.objective.name == objective and make_objective(recipe.objective).kind == kind
+
+
 def test_data_that_cannot_be_trained_on_are_refused_with_a_way_on(tmp_path: Path) -> None:
-    file = tmp_path / "labelled.csv"
-    file.write_text("text,label\nsome text,a\nother text,b\n")
-    with pytest.raises(KinvecError, match="holds labelled.*query and pos_doc"):
+    file = tmp_path / "texts.txt"
+    file.write_text("some text\nother text\n")
+    with pytest.raises(KinvecError, match="holds texts.*query and pos_doc"):
         init(tmp_path / "recipe.yaml", file)
     assert not (tmp_path / "recipe.yaml").exists()
 

@@ -34,12 +34,7 @@ data:
   # columns: {{query: question, pos_doc: answer}}     # where your columns have other names
   # skip_bad: true         # drop and count bad rows instead of stopping at the first
   # max_length: 256        # tokens at which texts are cut; kinvec check says how many texts that touches
-  negatives_per_query: 4   # of the hard negatives a row brings, where it brings any
-
-objective:
-  name: contrastive        # InfoNCE (van den Oord et al. 2018): the query's own document against the batch's others
-  temperature: 0.05        # sentence-transformers' scale of 20 for cosine similarities
-
+{objective}
 trainer:
   batch_size: {batch_size}           # {batch_why}
   epochs: {epochs}                # {epochs_why}
@@ -52,6 +47,33 @@ trainer:
 # lora: {{rank: 16}}         # train small adapters instead of all weights: for models that do not fit otherwise
 # evaluate: false          # skip the evaluation before and after
 """
+
+OBJECTIVES = {
+    "retrieval": """\
+  negatives_per_query: 4   # of the hard negatives a row brings, where it brings any
+
+objective:
+  name: contrastive        # InfoNCE (van den Oord et al. 2018): the query's own document against the batch's others
+  temperature: 0.05        # sentence-transformers' scale of 20 for cosine similarities
+""",
+    "labelled": """\
+  # labels: [one, another] # those only; the others are left out
+  texts_per_label: 4       # texts of a label in a batch (Hermans et al. 2017)
+
+objective:
+  name: triplet            # texts of one label nearer to each other than to those of another
+  mining: semi-hard        # Schroff et al. 2015
+  margin: 0.1              # 0.2 there, of squared Euclidean distance, which is 0.1 of 1 − cosine
+""",
+    "pairs": """\
+  # score_range: [0, 5]    # lowest and highest score; without it, those of the training data
+
+objective:
+  name: cosent             # cosines in the order of the scores (CoSENT, Huang et al. 2024)
+  temperature: 0.05        # sentence-transformers' scale of 20
+""",
+}
+HOLDS = {"retrieval": "queries with their documents", "labelled": "texts with their labels", "pairs": "scored pairs"}
 
 
 def init(
@@ -73,15 +95,16 @@ def init(
         raise KinvecError(f"{path} is there already; name another file, or --force to write over it")
     found = {"kind": None, "rows": None} if data is None else look_at(data)
     rows, source = found["rows"], "path/to/your/data" if data is None else str(data)
+    kind = found["kind"] or "retrieval"
     batch, batch_why, epochs, epochs_why = suggest(rows)
     text = RECIPE.format(
         file=path, model=_quoted(model), out=_quoted(f"runs/{path.stem}"), train=_quoted(source),
         about=(
             "A BEIR folder, or a file (JSON array, JSONL, CSV, Parquet) with columns query and pos_doc, perhaps neg_doc"
             if rows is None
-            else f"{rows:,} queries with their documents"
+            else f"{rows:,} {HOLDS[kind]}"
         ),
-        batch_size=batch, batch_why=batch_why, epochs=epochs, epochs_why=epochs_why,
+        objective=OBJECTIVES[kind], batch_size=batch, batch_why=batch_why, epochs=epochs, epochs_why=epochs_why,
     )  # fmt: skip
     write_text(path, text)
     return {"file": str(path), **found, "next": [f"kinvec check {source}", f"kinvec train {path}"]}
@@ -104,16 +127,12 @@ def look_at(data: str | Path) -> dict[str, Any]:
     from kinvec.files import detect_kind, open_data
 
     kind = detect_kind(data)
-    if kind != "retrieval":
-        raise KinvecError(f"{data} holds {kind}, and training needs queries with their documents; {REMEDIES[kind]}")
+    if kind not in OBJECTIVES:
+        raise KinvecError(f"{data} holds {kind}, and a recipe needs {', '.join(HOLDS.values())}; {REMEDIES[kind]}")
     return {"kind": kind, "rows": len(open_data(data))}
 
 
-REMEDIES = {
-    "pairs": "scored pairs can be evaluated on: kinvec evaluate --model MODEL --data FILE",
-    "labelled": "give rows of query and pos_doc, for example two texts of one label",
-    "texts": "give rows of query and pos_doc, for example a title and its text",
-}
+REMEDIES = {"texts": "give rows of query and pos_doc, for example a title and its text"}
 
 
 def suggest(rows: int | None) -> tuple[int, str, int, str]:
@@ -136,7 +155,7 @@ def command(
     """Write a commented recipe for your own data, and say what to do next."""
     told = init(file, data, model=model, force=force)
     if told["rows"] is not None:
-        print(f"{data}: {told['rows']:,} queries with their documents ({told['kind']})")
+        print(f"{data}: {told['rows']:,} {HOLDS[told['kind']]} ({told['kind']})")
     print(f"wrote {told['file']}; next:")
     for line in told["next"]:
         print(f"  {line}")
