@@ -10,8 +10,9 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,25 +95,37 @@ def fetch(name: str) -> Path:
         raise KinvecError(f"{name}: neither a model folder here nor reachable on the hub ({reason})") from None
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and tables of weights: what matters of them is checked and said here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def load_backbone(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Open the transformer of a folder with the given weight type; never runs code from the folder.
 
     Raises `KinvecError` when weights are missing, incomplete or not safetensors, or the architecture is unknown.
     """
     from transformers import AutoConfig, AutoModel, T5EncoderModel
-    from transformers.utils import logging
 
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         other = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights at all"
         raise KinvecError(f"{folder}: no safetensors weights ({other}); save the model as safetensors first")
-    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind = T5EncoderModel if config.model_type in ("t5", "mt5") else AutoModel
-        model, info = kind.from_pretrained(
-            folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
+        options = {"config": config, "dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+        with _quiet():
+            model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise KinvecError(f"{folder}: cannot open the model: {str(error).splitlines()[0]}") from None
     except Exception as error:  # safetensors' own error type is no ValueError
@@ -181,10 +194,12 @@ def language_head(folder: Path, model: nn.Module) -> LanguageHead:
     if not masked and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise KinvecError(f"{folder}: {config.model_type} has no language model to train; use a contrastive objective")
     kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    whole, info = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    with _quiet():
+        whole, info = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     if new := [key for key in info["missing_keys"] if "pooler" not in key]:
         say(f"{folder}: there is no trained prediction head here; {len(new)} tensors of it begin anew ({new[0]}, …)")
     setattr(whole, whole.base_model_prefix, model)
+    whole.config = config  # the attention's direction is kept in it
     whole.tie_weights()
     return LanguageHead(whole.train(model.training))
 
@@ -289,16 +304,29 @@ def fuse(backbone: Backbone) -> None:
         fuse_projections(backbone.model)
 
 
-def set_dropout(model: nn.Module, rate: float) -> None:
+ATTENTION_DROPOUT = re.compile(r"(self|attention)\.dropout$|attn_dropout$|attention_dropout$")
+
+
+def set_dropout(model: nn.Module, rate: float, on: str = "all") -> None:
     """Set the model's dropout rates: modules, and the attention rates that decoders keep as plain numbers.
 
-    The dropout of adapters is theirs (`lora.dropout`) and stays.
+    `on` is all, attention (of the attention weights) or hidden (of all else). The dropout of adapters is theirs
+    (`lora.dropout`) and stays.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+        kind = "attention" if ATTENTION_DROPOUT.search(name) else "hidden"
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name and on in ("all", kind):
             module.p = rate
-        if isinstance(getattr(module, "attention_dropout", None), float):
+        if isinstance(getattr(module, "attention_dropout", None), float) and on != "hidden":
             module.attention_dropout = rate
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether two forward passes of the model in training differ."""
+    modules = list(model.modules())
+    rates: list[Any] = [getattr(module, "attention_dropout", 0.0) for module in modules]
+    rates += [module.p for module in modules if isinstance(module, nn.Dropout)]
+    return any(isinstance(rate, float) and rate > 0.0 for rate in rates)
 
 
 def add_lora(backbone: Backbone, settings: LoraSettings) -> None:

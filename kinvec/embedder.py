@@ -251,11 +251,12 @@ def _open_adapter(folder: Path, max_length: int | None) -> Embedder:
     return embedder
 
 
-def add_language_head(embedder: Embedder) -> None:
+def add_language_head(embedder: Embedder) -> LanguageHead:
     """Let the model predict tokens, with the head of the folder it was opened from; adapters go on afterwards."""
     folder = fetch(embedder.name)
     inner = folder / (read_json(folder / "modules.json")[0].get("path") or "") if _has_modules(folder) else folder
     embedder.language = language_head(inner, embedder.backbone.model)
+    return embedder.language
 
 
 def configure(

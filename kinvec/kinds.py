@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Int
 
 from kinvec import tasks
-from kinvec.contracts import Encoder, KinvecError, LabelledData, PairData, Problem, RecipeError
-from kinvec.files import Table, content_fingerprint, open_data, open_pairs, open_retrieval
+from kinvec.contracts import Encoder, KinvecError, LabelledData, PairData, Problem, RecipeError, RetrievalData
+from kinvec.files import Table, content_fingerprint, detect_kind, open_data, open_pairs, open_retrieval
 from kinvec.files.sources import split_files
-from kinvec.sampling import DataSettings, Source, as_retrieval, label_source, pair_source, scored_source
+from kinvec.sampling import DataSettings, Source, as_retrieval, label_source, pair_source, scored_source, text_source
 
 Rows = Int[np.ndarray, " E"]
 CLASSIFIER_TEXTS = 20_000  # training texts that classifiers over the embeddings learn from, at most
@@ -31,7 +31,8 @@ class Kind:
 
     `column` keeps rows together when some are held out: no text of it is on both sides.
     `named` opens evaluation data that has a place of its own, or is a split (`dev`, `test`) beside the training data.
-    `held` makes evaluation data of held-out rows; `complete` adds what it needs of the rows trained on.
+    `held` makes evaluation data of held-out rows, where such rows can judge a model; `complete` adds what it needs of
+    the rows trained on.
     """
 
     column: str
@@ -39,7 +40,7 @@ class Kind:
     rows: Callable[[Table, DataSettings], Rows]
     named: Callable[[str, str, DataSettings], Problem]
     beside: Callable[[str, str], bool]
-    held: Callable[[Table, Rows, DataSettings, str], Problem]
+    held: Callable[[Table, Rows, DataSettings, str], Problem] | None
     complete: Callable[[Any, Table, Rows, int], Problem]
     develop: Callable[[Any, Encoder], dict[str, float]]
     asked: Callable[[Any], list[str]]
@@ -180,4 +181,30 @@ PAIRS = Kind(
     texts=lambda table, row: iter([("text", table.arrow.value(side, row)) for side in ("first", "second")]),
 )
 
-KINDS: dict[str, Kind] = {"retrieval": RETRIEVAL, "labelled": LABELLED, "pairs": PAIRS}
+# --- Plain texts ----------------------------------------------------------------------------------------------------
+
+
+def _open_judged(source: str, split: str, settings: DataSettings) -> Problem:
+    """Texts by themselves judge nothing: what measures the model is named, and of any other kind."""
+    return KINDS[detect_kind(source, split=split)].named(source, split, settings)
+
+
+def _judging(problem: Problem) -> Kind:
+    return {RetrievalData: RETRIEVAL, LabelledData: LABELLED, PairData: PAIRS}[type(problem)]
+
+
+TEXTS = Kind(
+    column="text",
+    source=text_source,
+    rows=_all_rows,
+    named=_open_judged,
+    beside=lambda source, split: False,
+    held=None,
+    complete=_as_it_is,
+    develop=lambda problem, encoder: _judging(problem).develop(problem, encoder),
+    asked=lambda problem: [],
+    sizes=lambda problem: _judging(problem).sizes(problem),
+    texts=lambda table, row: iter([("text", table.arrow.value("text", row))]),
+)
+
+KINDS: dict[str, Kind] = {"retrieval": RETRIEVAL, "labelled": LABELLED, "pairs": PAIRS, "texts": TEXTS}

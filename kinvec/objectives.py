@@ -19,10 +19,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from kinvec.batching import Pack
 from kinvec.config import Settings
 from kinvec.contracts import RecipeError
 from kinvec.losses import LOSSES, TRIPLETS, Mined, cosent, cosine_regression, paired_angle, paired_cosine, sup_con
-from kinvec.sampling import Batch, LabelBatch, PairBatch, ScoredBatch
+from kinvec.masking import Cloze, MaskingSettings, Task, ask, hidden_token
+from kinvec.sampling import Batch, LabelBatch, PairBatch, ScoredBatch, TextBatch
 
 Loss = Callable[[Float[Tensor, "B d"], Float[Tensor, "N d"], Any], Float[Tensor, ""]]
 Measures = Callable[[Float[Tensor, "B d"], Float[Tensor, "N d"], Any], dict[str, float]]
@@ -33,7 +35,8 @@ class ObjectiveSettings(Settings):
 
     name: str = "contrastive"
     """`contrastive` for queries and documents; `triplet` or `supcon` for labelled texts; `cosent`, `angle` or `cosine`
-    for scored pairs; or your own as `my_file.py:my_loss`, a function of (queries, documents, batch) → loss."""
+    for scored pairs; `simcse`, `mlm`, `mntp` or `clm` for plain texts; or your own as `my_file.py:my_loss`, a function
+    of (queries, documents, batch) → loss."""
     temperature: float = Field(0.05, gt=0)
     """Cosines are divided by this (the scale of MultipleNegativesRankingLoss or CoSENTLoss is 1 / temperature)."""
     hard_negatives: Literal["shared", "own"] = "shared"
@@ -48,31 +51,38 @@ class ObjectiveSettings(Settings):
     """The distance in triplets: 1 − cosine, or Euclidean."""
     margin: float = Field(0.2, ge=0)
     """How much nearer a positive should be than a negative; hard-soft-margin has none."""
+    masking: MaskingSettings = Field(default_factory=MaskingSettings)
+    """Which tokens `mlm` and `mntp` hide."""
 
 
 def _nothing(queries: Tensor, documents: Tensor, batch: Any) -> dict[str, float]:
     return {}
 
 
+def _as_drawn(batch: Batch) -> tuple[Sequence[str], Sequence[str]]:
+    return batch.queries, batch.documents
+
+
 @dataclass(frozen=True)
 class Objective:
-    """What `pipeline` hands to the trainer."""
+    """What `pipeline` hands to the trainer.
+
+    `texts(batch)` are the queries and the documents whose embeddings `loss` needs. An objective that predicts tokens
+    has `ask` instead of a loss: (tokenizer, pack) → the pack with hidden tokens, and what is to be predicted.
+    """
 
     name: str
     loss: Loss
     kind: str = "retrieval"
     measures: Measures = _nothing
-
-    @staticmethod
-    def texts(batch: Batch) -> tuple[Sequence[str], Sequence[str]]:
-        """The queries and the documents whose embeddings the loss needs."""
-        return batch.queries, batch.documents
+    texts: Callable[[Any], tuple[Sequence[str], Sequence[str]]] = _as_drawn
+    ask: Callable[[Any, Pack], Cloze] | None = None
 
 
 def make_objective(settings: ObjectiveSettings) -> Objective:
     """The objective of these settings. Raises `RecipeError` for an unknown name or a file without the function.
 
-    A user's own loss learns from retrieval data unless its attribute `kind` says `labelled` or `pairs`.
+    A user's own loss learns from retrieval data unless its attribute `kind` says `labelled`, `pairs` or `texts`.
     """
     if ":" in settings.name:
         loss = _from_file(settings.name)
@@ -127,6 +137,35 @@ def supcon(settings: ObjectiveSettings) -> Objective:
     return Objective("supcon", loss, "labelled")
 
 
+def simcse(settings: ObjectiveSettings) -> Objective:
+    """Every text twice, under two dropout masks: one should find the other (Gao et al. 2021)."""
+
+    def loss(queries: Float[Tensor, "n d"], documents: Float[Tensor, "n d"], batch: TextBatch) -> Float[Tensor, ""]:
+        own = torch.arange(len(queries), device=queries.device)
+        weights, same = torch.ones(len(own), device=own.device), batch.duplicates.to(own.device)
+        return LOSSES[False](queries, documents, own, same, weights, settings.temperature, settings.label_smoothing)
+
+    return Objective("simcse", loss, "texts", texts=lambda batch: (batch.queries, batch.queries))
+
+
+def language(task: Task) -> Callable[[ObjectiveSettings], Objective]:
+    """An objective that predicts tokens: hidden ones where they stand (mlm) or one before (mntp), or the next (clm)."""
+
+    def make(settings: ObjectiveSettings) -> Objective:
+        def ask_of(tokenizer: Any, texts: Pack) -> Cloze:
+            hidden = 0 if task == "clm" else hidden_token(tokenizer, settings.masking)
+            special = {*tokenizer.all_special_ids} - ({tokenizer.eos_token_id} if task == "clm" else set())
+            return ask(texts, task, settings.masking, hidden, torch.tensor(sorted(special)), len(tokenizer))
+
+        return Objective(task, _no_loss, "texts", ask=ask_of)
+
+    return make
+
+
+def _no_loss(queries: Tensor, documents: Tensor, batch: Any) -> Tensor:
+    raise AssertionError("an objective that predicts tokens has no loss of embeddings")
+
+
 def scored(name: str, loss_of: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Callable[..., Objective]:
     """An objective over scored pairs; `loss_of` takes first and second embeddings, scores and the temperature."""
 
@@ -146,6 +185,10 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "supcon": supcon,
     "cosent": scored("cosent", lambda a, b, scores, t: cosent(paired_cosine(a, b), scores, t)),
     "angle": scored("angle", lambda a, b, scores, t: cosent(paired_angle(a, b), scores, t)),
+    "simcse": simcse,
+    "mlm": language("mlm"),
+    "mntp": language("mntp"),
+    "clm": language("clm"),
     "cosine": scored("cosine", lambda a, b, scores, t: cosine_regression(paired_cosine(a, b), scores)),
 }
 

@@ -24,7 +24,7 @@ from kinvec.card import write_card
 from kinvec.config import differences, dump
 from kinvec.console import say
 from kinvec.contracts import KinvecError, Problem
-from kinvec.embedder import Embedder, configure, open_folder
+from kinvec.embedder import Embedder, add_language_head, configure, open_folder
 from kinvec.files import (
     Table,
     content_fingerprint,
@@ -106,11 +106,11 @@ def open_run_data(recipe: Recipe) -> RunData:
         warnings.append(f"{table.dropped:,} bad rows were dropped (data.skip_bad)")
     examples = kind.rows(table, settings)
     test = _named(recipe, kind, "test")
-    if test is None and recipe.evaluate and settings.holdout:
+    if test is None and kind.held and recipe.evaluate and settings.holdout:
         examples, held = _hold_out(table, examples, settings.holdout, "test")
         test = kind.held(table, held, settings, "test")
     dev = _named(recipe, kind, "dev")
-    if dev is None and settings.holdout and recipe.evaluate and recipe.trainer.eval_every != 0:
+    if dev is None and kind.held and settings.holdout and recipe.evaluate and recipe.trainer.eval_every != 0:
         examples, held = _hold_out(table, examples, settings.holdout, "dev")
         dev = kind.held(table, held, settings, "dev")
     if not len(examples):
@@ -129,9 +129,9 @@ def open_run_data(recipe: Recipe) -> RunData:
 
 NEEDS = {
     "retrieval": "queries with positive documents", "labelled": "texts with labels",
-    "pairs": "pairs of texts with scores",
+    "pairs": "pairs of texts with scores", "texts": "plain texts",
 }  # fmt: skip
-FITTING = {"retrieval": "contrastive", "labelled": "triplet", "pairs": "cosent"}
+FITTING = {"retrieval": "contrastive", "labelled": "triplet", "pairs": "cosent", "texts": "simcse"}
 
 
 def _named(recipe: Recipe, kind: Kind, name: str) -> Problem | None:
@@ -323,6 +323,8 @@ def _train(recipe: Recipe, folder: Path, embedder: Embedder, objective: Objectiv
         embedder.lineage = tuned.lineage
         return json.loads(done.read_text("utf-8"))
     torch.manual_seed(recipe.seed)  # adapters draw their start from it
+    if objective.ask:
+        add_language_head(embedder).requires_grad_(not recipe.lora.rank)
     if recipe.lora.rank:
         add_lora(embedder.backbone, recipe.lora)
     source = data.kind.source(data.table, data.examples, recipe.data, recipe.seed)

@@ -23,13 +23,13 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from kinvec import checkpoint
+from kinvec import checkpoint, masking
 from kinvec.attention import replace_dropout
-from kinvec.backbone import fuse, release_pages, set_dropout, trainable
+from kinvec.backbone import fuse, has_dropout, release_pages, set_dropout, trainable
 from kinvec.batching import Pack, cut, pack
 from kinvec.config import Settings
 from kinvec.console import progress, say
-from kinvec.contracts import KinvecError
+from kinvec.contracts import KinvecError, RecipeError
 from kinvec.embedder import Embedder
 from kinvec.gradcache import backward
 from kinvec.objectives import Objective
@@ -62,7 +62,9 @@ class TrainerSettings(Settings):
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 does not clip."""
     dropout: float | None = Field(None, ge=0, lt=1)
-    """All dropout rates of the model; unset, its own."""
+    """Dropout rates of the model; unset, its own."""
+    dropout_on: Literal["all", "attention", "hidden"] = "all"
+    """Which rates `dropout` sets: of the attention weights, of hidden states, or both."""
     save_every: int = Field(200, ge=1)
     """Steps between checkpoints."""
     keep: int = Field(2, ge=1)
@@ -116,6 +118,8 @@ def fit(
     total = settings.max_steps or math.ceil(settings.epochs * steps_per_epoch)
     every = steps_per_epoch if settings.eval_every is None else settings.eval_every
     _prepare(embedder, settings)
+    if objective.name == "simcse" and not has_dropout(embedder):
+        raise RecipeError("simcse needs dropout: it makes two embeddings of a text differ; set trainer.dropout=0.1")
     optimizer = make_optimizer(embedder, settings)
     state = _resume(run, embedder, optimizer, settings)
     keep_log(run / "log.jsonl", state.step)
@@ -156,7 +160,7 @@ def fit(
 
 def _prepare(embedder: Embedder, settings: TrainerSettings) -> None:
     if settings.dropout is not None:
-        set_dropout(embedder, settings.dropout)
+        set_dropout(embedder, settings.dropout, settings.dropout_on)
     replace_dropout(embedder)
     fuse(embedder.backbone)
     embedder.train()
@@ -239,6 +243,10 @@ def _gradients(
 ) -> tuple[float, np.ndarray, dict[str, float]]:
     """The loss, with its gradients left on the parameters; the texts' lengths; what the objective measures."""
     chunks, lengths = step_chunks(embedder, objective, batch, chunk_tokens)
+    if objective.ask is not None:
+        asked = [objective.ask(embedder.tokenizer, chunk) for chunk in chunks]
+        value, right = masking.backward(_mixed(embedder, embedder.backbone), _mixed(embedder, embedder.language), asked)
+        return value, lengths, {"accuracy": right}
     keep = chunks_to_keep([sum(chunk.lengths) for chunk in chunks], *plan)
     count = len(objective.texts(batch)[0])
     measures: dict[str, float] = {}
@@ -263,12 +271,19 @@ def step_chunks(
 
 
 def _embed(embedder: Embedder) -> Callable[[Pack], Tensor]:
-    def embed(texts: Pack) -> Tensor:
+    return _mixed(embedder, embedder)
+
+
+def _mixed(embedder: Embedder, module: Callable[[Any], Tensor] | None) -> Callable[[Any], Tensor]:
+    """The module in the embedder's precision."""
+    assert module is not None
+
+    def call(given: Any) -> Tensor:
         mixed = embedder.precision == "bf16"
         with torch.autocast(embedder.device.type, torch.bfloat16) if mixed else nullcontext():
-            return embedder(texts)
+            return module(given)
 
-    return embed
+    return call
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import MINILM
+from tiny_models import config_of, tokenizer_of
+from transformers import AutoModelForCausalLM
 
 from kinvec import cli, config, files
 
@@ -20,6 +22,7 @@ KINDS = {
     "examples.jsonl": "retrieval",
     "faq.csv": "retrieval",
     "triplets.csv": "retrieval",
+    "nli.csv": "retrieval",
     "pairs.csv": "pairs",
     "intents.csv": "labelled",
     "texts.jsonl": "texts",
@@ -92,10 +95,38 @@ def _my_data(folder: Path) -> None:
         (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
 
 
+def _my_decoder(folder: Path) -> None:
+    """A tiny language model, and articles to train it on."""
+    model = AutoModelForCausalLM.from_config(config_of("llama"))
+    model.save_pretrained(folder / "decoder")
+    tokenizer_of("decoder").save_pretrained(folder / "decoder")
+    (folder / "articles").mkdir()
+    (folder / "articles" / "farm.txt").write_text(
+        "\n\n".join(f"The {a} {b} on the farm." for a in ANIMALS for b in ACTS)
+    )
+
+
+def _my_news(folder: Path) -> None:
+    """Two categories of news as HuffPost's data set has them."""
+    rows = [
+        {"category": label, "headline": f"{place} {act}", "short_description": f"A {animal} {act}."}
+        for label, place in (("U.S. NEWS", "Ohio"), ("WORLD NEWS", "Peru"))
+        for animal in ANIMALS
+        for act in ACTS
+    ]
+    (folder / "news.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+SHORTER = {"train mntp ": "trainer.max_steps=2", "train simcse ": "trainer.max_steps=2"}  # than a thousand steps
+
+
 def _blocks(page: str) -> list[tuple[str, str]]:
     """(language, text) of every fenced block, on the test's own data and model."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    for shown, ours in ((HUB_NAME, MINILM), ("=MODEL", f"={MINILM}"), (" MODEL", f" {MINILM}"), ("DATA", "my-data")):
+    for shown, ours in (
+        (HUB_NAME, MINILM), ("=MODEL", f"={MINILM}"), (" MODEL", f" {MINILM}"), ("DATA", "my-data"),
+        ("=DECODER", "=decoder"), *((recipe, f"{recipe}{setting} ") for recipe, setting in SHORTER.items()),
+    ):  # fmt: skip
         text = text.replace(shown, ours)
     return re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
@@ -121,7 +152,9 @@ def test_the_pages_do_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert _run("README.md", tmp_path) == {"check", "evaluate", "train", "compare", "init"}
     for run in ("runs/mine", "runs/my-recipe"):
         assert (tmp_path / run / "report.html").is_file()
-    assert _run("docs/training.md", tmp_path) == {"train"}
+    _my_decoder(tmp_path)
+    _my_news(tmp_path)
+    assert _run("docs/training.md", tmp_path) == {"train", "prepare"}
     assert _run("docs/evaluation.md", tmp_path) == {"evaluate", "compare", "embed"}
     assert _run("docs/model-folder.md", tmp_path) == set()
     assert _run("docs/from-nemo.md", tmp_path) == {"convert", "info"}

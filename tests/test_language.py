@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,18 @@ from test_decoders import PACKED, PADDED, decoder
 from tiny_models import build, config_of, save_plain, tokenizer_of
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+import kinvec.trainer
+from kinvec import masking
 from kinvec.backbone import LanguageHead
+from kinvec.batching import cut, pack
 from kinvec.contracts import KinvecError
 from kinvec.embedder import add_language_head, open_folder
+from kinvec.objectives import ObjectiveSettings, make_objective
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+]
 MASKED = ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert", "mpnet", "deberta-v2"]
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -83,3 +94,145 @@ def test_a_model_that_predicts_no_tokens_is_refused(tmp_path: Path) -> None:
     tokenizer_of("decoder").save_pretrained(tmp_path / "t5")
     with pytest.raises(KinvecError, match="t5 has no language model to train"):
         add_language_head(open_folder(tmp_path / "t5"))
+
+
+# ---- training ----
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Texts in which every word tells the next: what a language model can learn in a few steps."""
+    words = "cell blood gene protein mouse human trial drug risk heart lung brain".split()
+    rows = [" ".join(words[(start + place) % 12] for place in range(7 + start % 5)) for start in range(48)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    return path
+
+
+def plain(tmp_path: Path, name: str, **changes: Any) -> Path:
+    """A language model's plain folder, head and all."""
+    config = config_of(name)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    kind = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
+    kind.from_config(config).save_pretrained(tmp_path / "plain")
+    tokenizer_of("bert" if name == "bert" else "decoder").save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def train(
+    main: Callable[..., tuple[int, str]], model: Path, texts: Path, out: Path, *more: str
+) -> list[dict[str, Any]]:
+    common = ["trainer.batch_size=8", "trainer.warmup=0", "trainer.schedule=constant", "threads=1", "precision=fp32"]
+    code, said = main("train", f"model={model}", f"data.train={texts}", f"out={out}", *common, *more)
+    assert code == 0, said
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("name", "objective", "more"), [
+    ("llama", "clm", ()),
+    ("bert", "mlm", ("trainer.lr=0.003",)),
+    ("llama", "mntp", ("attention=bidirectional", "pooling=mean")),
+    ("llama", "mntp", ("attention=bidirectional", "pooling=mean", "lora.rank=8", "objective.masking.token=blank")),
+])  # fmt: skip
+def test_a_model_learns_to_predict(
+    tmp_path: Path, texts: Path, main: Callable[..., tuple[int, str]], name: str, objective: str, more: tuple[str, ...]
+) -> None:
+    steps = (
+        "trainer.max_steps=80",
+        "trainer.lr=0.01",
+        "trainer.chunk_tokens=64",
+        "trainer.batch_size=16",
+        f"objective.name={objective}",
+    )
+    rows = train(main, plain(tmp_path, name), texts, tmp_path / "run", *steps, *more)
+    signs = (("loss", -1), ("accuracy", 1)) if objective != "mlm" else (("loss", -1),)  # more than 80 steps to be right
+    for key, direction in signs:
+        first, last = (np.mean([row[key] for row in part]) for part in (rows[:3], rows[-10:]))
+        assert direction * (last - first) > 0.2
+    model = open_folder(tmp_path / "run" / "model")
+    before = open_folder(tmp_path / "plain")
+    assert np.abs(model.encode(["cell blood"]) - before.encode(["cell blood"])).max() > 1e-3
+    assert model.attention == ("causal" if objective == "clm" else "bidirectional")
+    head = add_language_head(model).whole.get_output_embeddings().weight  # type: ignore[operator]
+    old = add_language_head(before).whole.get_output_embeddings().weight  # type: ignore[operator]
+    assert torch.equal(head, old) == ("lora.rank=8" in more)  # beside adapters the head stays as it was
+
+
+def test_gradients_are_those_of_transformers_own_loss(tmp_path: Path) -> None:
+    """Over packed chunks: the mean over all tokens of the batch, whatever the chunks."""
+    model = open_folder(plain(tmp_path, "llama")).eval()
+    head = add_language_head(model)
+    texts = ["cell blood gene", "protein mouse human trial drug", "risk heart lung brain cell blood gene protein"]
+    tokens = model.tokenize(texts)
+    ask_of = make_objective(ObjectiveSettings(name="clm")).ask
+    assert ask_of is not None
+    found = {}
+    for budget in (16, 1000):
+        model.zero_grad()
+        chunks = [ask_of(model.tokenizer, pack(tokens, rows)) for rows in cut(tokens.lengths, budget)]
+        loss, _ = masking.backward(model.backbone, head, chunks)
+        found[budget] = loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.backbone.model.set_attn_implementation("eager")  # type: ignore[operator]
+    count = sum(len(row) - 1 for row in tokens.ids)
+    total = 0.0
+    for row in tokens.ids:
+        ids = torch.tensor([row])
+        part = head.whole(input_ids=ids, labels=ids).loss * (len(row) - 1) / count
+        part.backward()
+        total += part.item()
+    for loss, gradients in found.values():
+        assert loss == pytest.approx(total, rel=1e-5)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_a_killed_language_run_ends_with_the_same_weights(
+    tmp_path: Path, texts: Path, main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = plain(tmp_path, "llama", attention_dropout=0.1)
+    steps = ("trainer.max_steps=9", "trainer.save_every=2", "objective.name=mntp", "attention=bidirectional")
+    whole = train(main, model, texts, tmp_path / "whole", *steps)
+    step, calls = kinvec.trainer._step, itertools.count()
+
+    def killed(*given: Any) -> Any:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kinvec.trainer, "_step", killed)
+        main("train", f"model={model}", f"data.train={texts}", f"out={tmp_path / 'cut'}", "trainer.batch_size=8",
+             "trainer.warmup=0", "trainer.schedule=constant", "threads=1", "precision=fp32", *steps)  # fmt: skip
+    again = train(main, model, texts, tmp_path / "cut", *steps)
+    assert [row["loss"] for row in again] == [row["loss"] for row in whole] and len(again) == 9
+    files = [tmp_path / run / "model" / "model.safetensors" for run in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("on", ["all", "attention", "hidden"])
+def test_simcse_pulls_two_embeddings_of_a_text_together(
+    tmp_path: Path, texts: Path, main: Callable[..., tuple[int, str]], on: str
+) -> None:
+    model = plain(tmp_path, "bert")
+    more = ("trainer.max_steps=30", "trainer.lr=0.003", "trainer.dropout=0.2", f"trainer.dropout_on={on}")
+    rows = train(main, model, texts, tmp_path / "run", "objective.name=simcse", "pooling=mean", *more)
+    first, last = (np.mean([row["loss"] for row in part]) for part in (rows[:3], rows[-3:]))
+    assert last < first and rows[0]["loss"] > 1e-4
+
+
+def test_what_plain_texts_cannot_do_is_said(tmp_path: Path, texts: Path, main: Callable[..., tuple[int, str]]) -> None:
+    def said(*more: str) -> str:
+        code, told = main(
+            "train", f"model={plain(tmp_path, 'bert')}", f"data.train={texts}", f"out={tmp_path / 'r'}", *more
+        )
+        assert code in (1, 2) and "Traceback" not in told
+        return told
+
+    assert "holds texts; contrastive training needs queries" in said() and "objective.name=simcse" in said()
+    assert "simcse needs dropout" in said("objective.name=simcse", "trainer.dropout=0", "evaluate=false")
+    shutil.rmtree(tmp_path / "r", ignore_errors=True)
+    told = said("objective.name=mntp", "objective.masking.token=blank")
+    assert "the tokenizer has no token for 'blank'; set it to mask" in told

@@ -33,8 +33,12 @@ def labelled(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", shipped())
 def test_a_shipped_recipe_runs(name: str, tiny_folder: Path, tiny_pairs: Path, labelled: Path, tmp_path: Path) -> None:
     kind = make_objective(load_recipe(name, NEEDED).objective).kind
-    data = {"retrieval": tiny_pairs, "labelled": labelled}[kind]
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the blood of a mouse\nhigh risk of heart infection\n" * 8)
+    data = {"retrieval": tiny_pairs, "labelled": labelled, "texts": texts}[kind]
     settings = [f"model={tiny_folder}", f"data.train={data}", f"out={tmp_path / 'run'}", "threads=1"]
+    if kind == "texts":  # which judge nothing themselves; the tiny encoder's tokenizer has no blank, but a mask
+        settings += [f"data.test={tiny_pairs}", "objective.masking.token=mask"]
     summary = run(load_recipe(name, [*settings, "trainer.max_steps=2"]))
     assert summary["training"]["steps"] == 2 and len(summary["results"]) == 1
     resolved = load_recipe(tmp_path / "run" / "recipe.yaml")

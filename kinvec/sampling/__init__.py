@@ -1,7 +1,8 @@
 """Rows → batches. Batch k is a function of (data, seed, k) alone: a resumed run sees what it would have seen anyway.
 
 settings.py   which data, and how they are read and drawn
-retrieval.py  queries with positives and negatives; labelled.py: P labels × K texts; scored.py: pairs with a score
+retrieval.py  queries with positives and negatives; labelled.py: P labels × K texts; scored.py: pairs with a score;
+              plain.py: texts
 held_out.py   the share of the rows that training never sees
 """
 
@@ -12,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from kinvec.sampling.held_out import hold_out
 from kinvec.sampling.labelled import LabelBatch, LabelSource, label_source
+from kinvec.sampling.plain import TextBatch, TextSource, text_source
 from kinvec.sampling.retrieval import (
     KnownPositives,
     PairBatch,
@@ -51,5 +53,5 @@ class Source(Protocol):
 __all__ = [
     "Batch", "DataSettings", "KnownPositives", "LabelBatch", "LabelSource", "PairBatch", "PairSource", "ScoredBatch",
     "ScoredSource", "Source", "as_retrieval", "build_batch", "hold_out", "id_keys", "label_source", "pair_source",
-    "scored_source",
+    "TextBatch", "TextSource", "scored_source", "text_source",
 ]  # fmt: skip
