@@ -17,16 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score, v_measure_score
+from synthetic_run import make_run
 
 from kinvec import Embedder, metrics, tasks
-from kinvec.contracts import KinvecError, LabelledData, RecipeError
+from kinvec.contracts import KinvecError, LabelledData, RecipeError, Result
 from kinvec.embedder import open_folder
 from kinvec.files import open_data, open_problem
 from kinvec.gradcache import backward
 from kinvec.objectives import ObjectiveSettings, make_objective
 from kinvec.pipeline import open_run_data, run
 from kinvec.recipe import load_recipe
-from kinvec.reporting import build_report
+from kinvec.reporting import build_report, collect
 from kinvec.sampling import DataSettings, LabelSource, label_source, scored_source
 from kinvec.trainer import step_chunks
 
@@ -326,6 +327,27 @@ def test_what_cannot_be_measured_is_said() -> None:
         tasks.classification(planted(labels=1), Planted(0.5))
     with pytest.raises(RecipeError, match="unknown measure 'accuracy_svm'"):
         tasks.classification(planted(), Planted(0.5), ["accuracy_svm"])
+
+
+def test_of_many_labels_the_picture_colours_those_that_are_recovered_worst(tmp_path: Path) -> None:
+    place = make_run(tmp_path / "run", evaluate=False)
+    labels = [f"<b>{number}</b>" for number in range(10) for _ in range(4)]
+    draw = np.random.default_rng(0)
+    for side in ("base", "tuned"):
+        right = [0.0 if side == "tuned" else float(label < "<b>2") for label in labels]  # 0 and 1 are the best
+        columns = {
+            "id": [str(i) for i in range(40)], "query": ["a text"] * 40, "label": labels, "accuracy": right,
+            "predicted": labels, "nearest": labels, "nearest_label": labels,
+            "x": [None, *draw.normal(size=39).tolist()], "y": [None, *draw.normal(size=39).tolist()],
+        }  # fmt: skip
+        result = Result("many", "classification", "test", side, {"accuracy": metrics.mean(right)}, columns, "f")
+        tasks.save_result(result, place / "results" / side / "many")
+    found = collect(place)["tasks"][0]["map"]
+    assert found["labels"] == [f"<b>{number}</b>" for number in range(2, 10)] and found["others"] == 2
+    page = build_report(place).read_text()
+    assert page.count('<path class="other"') == 2 * 7 and page.count('<path class="c') == 2 * 32
+    assert "&lt;b&gt;2&lt;/b&gt;: a text" in page and "<b>2</b>" not in page and "2 other labels" in page
+    assert all(0 <= dot[axis] <= 100 for _, dots in found["sides"] for dot in dots for axis in ("x", "y"))
 
 
 # ---- v-measure and its intervals ----

@@ -64,11 +64,13 @@ def classification(data: LabelledData, encoder: Encoder, measures: Sequence[str]
         vectors = unit(encoder.encode_queries([*data.texts, *data.training_texts]))
     if not np.isfinite(vectors).all():
         raise KinvecError(f"{encoder.name} gave NaN or infinity; is the model broken? Try --precision fp32")
-    labels, known = np.array(data.labels), np.array(data.training_labels)
+    labels, known = np.array(list(data.labels)), np.array(list(data.training_labels))
     space = Space(vectors[:n], labels, vectors[n:], known, data.training_texts)
     columns: Columns = {"id": [str(i) for i in range(n)], "query": list(data.texts), "label": list(data.labels)}
     values: dict[str, float] = {}
-    with timed(seconds, "classify"):
+    with timed(seconds, "classify"), warnings.catch_warnings():
+        # The protocol stops after so many iterations, and equal texts are fewer clusters than there are labels.
+        warnings.simplefilter("ignore", ConvergenceWarning)
         for name in names:
             columns |= LABELLED[name](space)
             whole = name in WHOLE_SET
@@ -125,9 +127,7 @@ def _first_of_each(labels: Shaped[np.ndarray, " m"], order: Int[np.ndarray, " m"
 def _regression(
     vectors: Float[np.ndarray, "k d"], labels: Shaped[np.ndarray, " k"], asked: Float[np.ndarray, "n d"]
 ) -> Shaped[np.ndarray, " n"]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol stops after so many iterations
-        fitted = LogisticRegression(max_iter=ITERATIONS, random_state=SEED).fit(vectors, labels)
+    fitted = LogisticRegression(max_iter=ITERATIONS, random_state=SEED).fit(vectors, labels)
     predicted: np.ndarray = fitted.predict(asked)
     return predicted
 
