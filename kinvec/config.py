@@ -43,6 +43,12 @@ def load(model: type[S], *layers: Path | Mapping[str, Any], overrides: Sequence[
         raise RecipeError("\n".join(_explain(model, e) for e in error.errors())) from None
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping as it stands. Raises `RecipeError` where it is none."""
+    found: Any = OmegaConf.to_container(_read(path))
+    return found
+
+
 def dump(settings: Settings) -> str:
     """The settings, fully resolved, as YAML that `load` reads back."""
     return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")), resolve=True)

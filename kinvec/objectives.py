@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,10 @@ class ObjectiveSettings(Settings):
     """Cosines are divided by this (the scale of MultipleNegativesRankingLoss or CoSENTLoss is 1 / temperature)."""
     hard_negatives: Literal["shared", "own"] = "shared"
     """Whether a query sees every hard negative of the batch, or only those of its own row."""
+    in_batch: bool = True
+    """Whether the documents of other queries are negatives too; false leaves a query's own hard negatives alone."""
+    dimensions: list[int] = []
+    """Matryoshka: also train the first so many dimensions, scaled to length 1 again, such as `[384, 192, 96]`."""
     both_directions: bool = False
     """Also ask each positive to find its query."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -91,7 +95,27 @@ def make_objective(settings: ObjectiveSettings) -> Objective:
         raise RecipeError(
             f"objective.name: '{settings.name}' is unknown; known are {', '.join(OBJECTIVES)}, or my_file.py:my_loss"
         )
-    return OBJECTIVES[settings.name](settings)
+    objective = OBJECTIVES[settings.name](settings)
+    if settings.dimensions:
+        return replace(objective, loss=matryoshka(objective.loss, settings.dimensions))
+    return objective
+
+
+def matryoshka(loss: Loss, dimensions: Sequence[int]) -> Loss:
+    """The mean of the loss over embeddings cut to each of the dimensions (Kusupati et al. 2022).
+
+    Every loss here scales its embeddings to length 1, so a cut one is scaled anew. Raises `RecipeError` for more
+    dimensions than there are.
+    """
+
+    def cut_loss(queries: Float[Tensor, "B d"], documents: Tensor, batch: Any) -> Float[Tensor, ""]:
+        width = queries.shape[1]
+        if not all(0 < count <= width for count in dimensions):
+            raise RecipeError(f"objective.dimensions: the embeddings have {width} dimensions, not {max(dimensions)}")
+        losses = [loss(queries[:, :count], documents[:, :count], batch) for count in dimensions]
+        return torch.stack(losses).mean()
+
+    return cut_loss
 
 
 def contrastive(settings: ObjectiveSettings) -> Objective:
@@ -101,10 +125,14 @@ def contrastive(settings: ObjectiveSettings) -> Objective:
     def loss(queries: Float[Tensor, "B d"], documents: Float[Tensor, "N d"], batch: PairBatch) -> Float[Tensor, ""]:
         device = queries.device
         excluded = batch.excluded
-        if settings.hard_negatives == "own":
-            rows = torch.arange(len(batch.queries))[:, None]
+        others = batch.owner[None] != torch.arange(len(batch.queries))[:, None]
+        if not settings.in_batch:
+            if len(batch.documents) == len(batch.queries):
+                raise RecipeError("objective.in_batch=false needs hard negatives, and the data have none")
+            excluded = excluded | others
+        elif settings.hard_negatives == "own":
             hard = torch.arange(len(batch.documents))[None] >= len(batch.queries)
-            excluded = excluded | (hard & (batch.owner[None] != rows))
+            excluded = excluded | (hard & others)
         tensors = (batch.targets.to(device), excluded.to(device), batch.weights.to(device))
         return score(queries, documents, *tensors, settings.temperature, settings.label_smoothing)
 

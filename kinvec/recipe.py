@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from kinvec.backbone import LoraSettings
-from kinvec.config import Settings, load
+from kinvec.config import Settings, load, read_mapping
 from kinvec.contracts import RecipeError
 from kinvec.objectives import ObjectiveSettings
 from kinvec.sampling import DataSettings
@@ -67,7 +68,44 @@ def load_recipe(name: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 
     Raises `RecipeError` for an unknown name or key, a wrong value, or when model, data or out are missing.
     """
-    recipe = load(Recipe, *([] if name is None else [_find(str(name))]), overrides=overrides)
+    return _complete([] if name is None else [_find(str(name))], overrides)
+
+
+def load_stages(name: str | Path | None, overrides: Sequence[str] = ()) -> list[Recipe]:
+    """The recipes of a chain, in order; a recipe without `stages` is a chain of one.
+
+    A stage is a mapping with a `name` of its own, perhaps the `recipe` it is based on, and settings over those of the
+    whole chain. It has the folder of its name in `out`, and starts from the model of the stage before. An override
+    goes to all stages, or with a stage's name in front (`mntp.trainer.max_steps=9`) to that one. Raises as
+    `load_recipe`, and for stages that are no such mappings.
+    """
+    common = {} if name is None else read_mapping(_find(str(name)))
+    stages = common.pop("stages", None)
+    if stages is None:
+        return [load_recipe(name, overrides)]
+    names = [str(stage.get("name")) if isinstance(stage, dict) else "" for stage in stages]
+    fit = [re.fullmatch(r"[\w-]+", word) and word not in Recipe.model_fields for word in names]
+    if len(set(names)) < len(names) or not all(fit):
+        raise RecipeError(f"{name}: every stage is a mapping with a name of its own, no recipe key (they are {names})")
+    recipes: list[Recipe] = []
+    for word, stage in zip(names, stages, strict=True):
+        own = [item.removeprefix(f"{word}.") for item in overrides if item.startswith(f"{word}.")]
+        every = [item for item in overrides if item.split(".")[0] not in names]
+        settings = {key: value for key, value in stage.items() if key not in ("name", "recipe")}
+        layers: list[Path | Mapping[str, Any]] = [
+            common,
+            *([_find(stage["recipe"])] if "recipe" in stage else []),
+            settings,
+        ]
+        before = [f"model={recipes[-1].out}/model"] if recipes else []
+        out = next((item[4:] for item in reversed(every) if item.startswith("out=")), common.get("out", ""))
+        place = [f"out={out}/{word}"] if out else []
+        recipes.append(_complete(layers, [*every, *before, *place, *own]))
+    return recipes
+
+
+def _complete(layers: Sequence[Path | Mapping[str, Any]], overrides: Sequence[str]) -> Recipe:
+    recipe = load(Recipe, *layers, overrides=overrides)
     for key, value, example in (
         ("model", recipe.model, "model=sentence-transformers/all-MiniLM-L6-v2"),
         ("data.train", recipe.data.train, "data.train=my_pairs.jsonl"),

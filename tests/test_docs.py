@@ -13,7 +13,8 @@ from conftest import MINILM
 from tiny_models import config_of, tokenizer_of
 from transformers import AutoModelForCausalLM
 
-from kinvec import cli, config, files
+from kinvec import cli, files
+from kinvec.recipe import load_stages
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -67,9 +68,7 @@ def test_the_data_page_shows_files_that_are_read(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_parses(path: Path) -> None:
-    from kinvec.recipe import Recipe
-
-    config.load(Recipe, path, overrides=["model=m", "data.train=d", "out=o"])
+    assert load_stages(path, ["model=m", "data.train=d", "out=o"])
 
 
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # the README's model; here its offline copy

@@ -177,6 +177,39 @@ def test_hard_negatives_are_shared_or_own(hard: Literal["shared", "own"], both: 
     assert torch.equal(batch.excluded, excluded)  # the batch itself is left as it was
 
 
+def test_own_negatives_alone() -> None:
+    """NeMo's GPT embedding: a softmax over the positive and the query's own negatives, nothing of other queries."""
+    torch.manual_seed(0)
+    owner = [0, 1, 2, 0, 1, 2]
+    batch = batch_of(torch.zeros(3, 6, dtype=torch.bool), owner, [1.0, 1.0, 1.0])
+    queries, documents = torch.randn(3, 8), torch.randn(6, 8)
+    found = make_objective(ObjectiveSettings(in_batch=False, temperature=0.1)).loss(queries, documents, batch)
+    cosine = torch.nn.functional.cosine_similarity(queries[:, None], documents[None], dim=-1)
+    own = torch.arange(3)
+    pairs = torch.stack([cosine[own, own], cosine[own, own + 3]], dim=1) / 0.1
+    assert found.item() == pytest.approx(-pairs.log_softmax(1)[:, 0].mean().item(), abs=1e-6)
+    without = batch_of(torch.zeros(3, 3, dtype=torch.bool), [0, 1, 2], [1.0, 1.0, 1.0])
+    with pytest.raises(RecipeError, match="in_batch=false needs hard negatives"):
+        make_objective(ObjectiveSettings(in_batch=False)).loss(queries, documents[:3], without)
+
+
+@pytest.mark.parametrize("dimensions", [[8], [8, 4, 2], [3]])
+def test_matryoshka_is_the_mean_over_cut_and_rescaled_embeddings(dimensions: list[int]) -> None:
+    torch.manual_seed(0)
+    batch = batch_of(torch.zeros(5, 5, dtype=torch.bool), list(range(5)), [1.0] * 5)
+    queries, documents = (torch.nn.functional.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
+    whole = make_objective(ObjectiveSettings(dimensions=dimensions, temperature=0.2))
+    plain = make_objective(ObjectiveSettings(temperature=0.2))
+    rescaled = [
+        plain.loss(*(torch.nn.functional.normalize(side[:, :count], dim=1) for side in (queries, documents)), batch)
+        for count in dimensions
+    ]
+    expected = sum(loss.item() for loss in rescaled) / len(rescaled)
+    assert whole.loss(queries, documents, batch).item() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(RecipeError, match="the embeddings have 8 dimensions, not 9"):
+        make_objective(ObjectiveSettings(dimensions=[9])).loss(queries, documents, batch)
+
+
 def test_a_users_own_loss_comes_from_their_file(tmp_path: Any) -> None:
     file = tmp_path / "mine.py"
     file.write_text(

@@ -189,6 +189,7 @@ def test_the_sharded_folder_is_laid_out_as_megatron_core_does(archives: dict[boo
         "common_backend": "torch", "common_backend_version": 1,
     }  # fmt: skip
     assert torch.load(place / "common.pt", weights_only=True) == {}
+    assert b".work" not in (place / ".metadata").read_bytes(), "the path on the writer's machine"
     entries = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
     fused = entries["model.encoder.layers.self_attention.linear_qkv.weight"]
     assert isinstance(fused, TensorStorageMetadata) and fused.size == (LAYERS, 3 * WIDTH, WIDTH)
@@ -518,11 +519,12 @@ def test_a_tokenizer_is_asked_for(bert: Path, minilm_folder: Path, tmp_path: Pat
 
 def test_only_berts_are_written(tmp_path: Path) -> None:
     save_plain("roberta", tmp_path / "roberta", "roberta")
+    save_plain("llama", tmp_path / "llama", "decoder")
     save_plain("bert", tmp_path / "relu", "bert", hidden_act="relu")
-    for name, says in (("roberta", "this is roberta"), ("relu", "activation is relu")):
+    for name, says in (("roberta", "this is roberta"), ("llama", "this is llama"), ("relu", "activation is relu")):
         with pytest.raises(KinvecError, match=says):
             kinvec.convert(tmp_path / name, tmp_path / "m.nemo")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["relu", "roberta"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "relu", "roberta"]
 
 
 def test_one_side_is_a_nemo(main: Callable[..., tuple[int, str]]) -> None:

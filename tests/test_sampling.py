@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kinvec.contracts import KinvecError
 from kinvec.files import Table, open_data
 from kinvec.sampling import DataSettings, PairBatch, PairSource, as_retrieval, hold_out, pair_source
 
@@ -166,6 +167,31 @@ def test_negatives_are_the_first_or_drawn_anew_each_epoch(tmp_path: Path) -> Non
     assert drawn[0] != drawn[1] != drawn[2]
     used = Counter(text[-1] for epoch_texts in drawn for texts in epoch_texts.values() for text in texts)
     assert set(used) == set("012345")
+
+
+def test_what_becomes_of_queries_with_too_few_negatives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"query": f"q{n}", "pos_doc": f"right {n}", "neg_doc": [f"wrong {n} {j}" for j in range(n)]} for n in range(5)
+    ]
+    table = table_of(rows, tmp_path)
+
+    def negatives(rule: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for batch in epoch(source_of(table, negatives_per_query=3, fewer_negatives=rule), 5):
+            found |= {query: [] for query in batch.queries}
+            for j in range(len(batch.queries), len(batch.documents)):
+                found[batch.queries[int(batch.owner[j])]].append(batch.documents[j][-1])
+        return found
+
+    kept = {"q0": [], "q1": ["0"], "q2": ["0", "1"], "q3": ["0", "1", "2"], "q4": ["0", "1", "2"]}
+    assert negatives("keep") == kept
+    assert negatives("repeat") == kept | {"q1": ["0", "0", "0"], "q2": ["0", "1", "0"]}
+    assert negatives("drop") == {query: kept[query] for query in ("q3", "q4")}
+    assert "3 queries with fewer than 3 hard negatives are left out" in capsys.readouterr().err
+    with pytest.raises(KinvecError, match=r"data.jsonl:1: the row has 0 hard negatives.*fewer_negatives=repeat"):
+        negatives("error")
+    with pytest.raises(KinvecError, match="no row has 9 hard negatives"):
+        source_of(table, negatives_per_query=9, fewer_negatives="drop")
 
 
 def test_graded_scores_are_kept_and_score_0_is_a_judged_negative(tmp_path: Path) -> None:

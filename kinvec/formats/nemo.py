@@ -28,7 +28,7 @@ from kinvec.files import replace_folder, saying_full
 from kinvec.files.writing import beside_path
 from kinvec.formats import nemo_archive as archives
 from kinvec.formats.nemo_bert import count_layers, to_nemo
-from kinvec.formats.nemo_config import model_config, read_settings
+from kinvec.formats.nemo_config import model_config, read_settings, refuse_others
 from kinvec.formats.nemo_folder import OURS, encoder_tensors, lay_out, tokenizer_name
 from kinvec.formats.nemo_weights import read_weights, write_sharded, write_whole
 
@@ -45,6 +45,7 @@ def write_nemo(source: str, archive: Path, *, mcore: bool, tokenizer: str | None
         _refuse_other(archive)
     embedder = open_folder(source)
     config: Any = embedder.backbone.model.config
+    refuse_others(config, source)
     tensors, left_out = encoder_tensors(source, config)
     if (dtype := PRECISIONS[precision]) is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}

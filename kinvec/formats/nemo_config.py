@@ -73,15 +73,16 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def model_config(config: Any, tensors: Mapping[str, Tensor], mcore: bool, tokenizer: str) -> dict[str, Any]:
-    """The settings of a Hugging Face BERT configuration, for `model_config.yaml`.
-
-    Raises `KinvecError` for what NeMo's BERT cannot be: another architecture, a decoder, another activation.
-    """
+def refuse_others(config: Any, source: str) -> None:
+    """Raise `KinvecError` for what NeMo's BERT cannot be: another architecture, a decoder, another activation."""
     if config.model_type != "bert" or config.is_decoder:
-        raise KinvecError(f"a .nemo is written of BERT models; this is {config.model_type}")
+        raise KinvecError(f"{source}: a .nemo is written of BERT models; this is {config.model_type}")
     if config.hidden_act not in GELUS:
-        raise KinvecError(f"NeMo's BERT computes with GELU; this model's activation is {config.hidden_act}")
+        raise KinvecError(f"{source}: NeMo's BERT computes with GELU; this model's activation is {config.hidden_act}")
+
+
+def model_config(config: Any, tensors: Mapping[str, Tensor], mcore: bool, tokenizer: str) -> dict[str, Any]:
+    """The settings of a Hugging Face BERT configuration, for `model_config.yaml`."""
     length = min(512, config.max_position_embeddings)
     types = {tensor.dtype for tensor in tensors.values()}
     short = {torch.float16: 16, torch.bfloat16: "bf16"}.get(types.pop(), 32) if len(types) == 1 else 32

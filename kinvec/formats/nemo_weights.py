@@ -8,17 +8,17 @@ from __future__ import annotations
 import io
 import json
 import math
+import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from kinvec import checkpoint
 from kinvec.contracts import KinvecError
@@ -55,8 +55,16 @@ def write_sharded(folder: Path, tensors: Mapping[str, Tensor], layers: int) -> N
     place = folder / SHARDED
     place.mkdir()
     checkpoint.write_state(place, state)
+    _forget_place(place)
     torch.save({}, place / "common.pt")
     (place / "metadata.json").write_text(json.dumps(BACKENDS), "utf-8")
+
+
+def _forget_place(folder: Path) -> None:
+    """Take the path where it was written out of the metadata: whose machine it was is nobody's business."""
+    metadata = checkpoint.SafeReader(folder).read_metadata()
+    metadata.storage_meta = StorageMeta(checkpoint_id=folder.name)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def _empty_state() -> list[io.BytesIO]:
@@ -132,7 +140,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings(), torch.serialization.safe_globals([io.BytesIO]):  # extra states are plain bytes
             warnings.simplefilter("ignore")  # torch's remarks on old ways of pickling
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
+    except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
         what = f"asks for '{asked[1]}'" if asked else "holds more than tensors"
         raise Refused(f"{path.name} {what}, and to open that would run code; refused") from None

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kinvec.contracts import Corpus, Example, RetrievalData
+from kinvec.console import say
+from kinvec.contracts import Corpus, Example, KinvecError, RetrievalData
 from kinvec.files import Table, exact_key, text_key, text_keys
 from kinvec.sampling.settings import DataSettings
 
@@ -113,7 +114,8 @@ def pair_source(table: Table, examples: Int[np.ndarray, " E"], settings: DataSet
 
     Every query weighs the same, however many positives it has and however many lines of the file they stand in.
     """
-    counts = _positive_counts(table)[examples]
+    examples = _with_negatives(table, examples, settings)
+    counts = _counts(table, "pos_doc")[examples]
     keys = [text_keys(batch.column("query").to_pylist()) for batch in table.batches(["query"])]
     _, query = np.unique(np.concatenate(keys)[examples], return_inverse=True)
     weights = 1.0 / np.maximum(np.bincount(query, weights=counts), 1.0)
@@ -124,9 +126,29 @@ def pair_source(table: Table, examples: Int[np.ndarray, " E"], settings: DataSet
     )
 
 
-def _positive_counts(table: Table) -> Int[np.ndarray, " E"]:
-    counts = [np.diff(batch.column("pos_doc").offsets.to_numpy()) for batch in table.batches(["pos_doc"])]
+def _counts(table: Table, column: str) -> Int[np.ndarray, " E"]:
+    """How many documents every row has in a column."""
+    counts = [np.diff(batch.column(column).offsets.to_numpy()) for batch in table.batches([column])]
     return np.concatenate(counts) if counts else np.empty(0, dtype=np.int64)
+
+
+def _with_negatives(table: Table, examples: Int[np.ndarray, " E"], settings: DataSettings) -> Int[np.ndarray, " k"]:
+    """The examples, without those of too few hard negatives where such are dropped, or an error about the first."""
+    if settings.fewer_negatives not in ("drop", "error"):
+        return examples
+    counts = _counts(table, "neg_doc")[examples]
+    short = counts < settings.negatives_per_query
+    if settings.fewer_negatives == "error" and short.any():
+        first = int(np.argmax(short))
+        raise KinvecError(
+            f"{table.where(int(examples[first]))}: the row has {counts[first]} hard negatives, and "
+            f"data.negatives_per_query is {settings.negatives_per_query}; add some, or set data.fewer_negatives=repeat"
+        )
+    if short.all():
+        raise KinvecError(f"{table.source}: no row has {settings.negatives_per_query} hard negatives; nothing is left")
+    if short.any():
+        say(f"{short.sum():,} queries with fewer than {settings.negatives_per_query} hard negatives are left out")
+    return examples[~short]
 
 
 def build_batch(
@@ -155,6 +177,8 @@ def build_batch(
 
 
 def _choose(available: int, settings: DataSettings, draw: np.random.Generator) -> Sequence[int]:
+    if settings.fewer_negatives == "repeat" and 0 < available < settings.negatives_per_query:
+        return [place % available for place in range(settings.negatives_per_query)]
     count = min(available, settings.negatives_per_query)
     if settings.negatives == "first" or count == available:
         return range(count)

@@ -39,7 +39,9 @@ class DataSettings(Settings):
     distractors: int = 1000
     """Documents of the training data added to the corpus of a held-out split, to make it a search problem."""
     negatives_per_query: int = 4
-    """Hard negatives a query brings into the batch, at most; a query with fewer brings those it has."""
+    """Hard negatives a query brings into the batch, at most."""
+    fewer_negatives: Literal["keep", "repeat", "drop", "error"] = "keep"
+    """A query with fewer: brings those it has, repeats them, is left out, or stops the run."""
     negatives: Literal["first", "random"] = "first"
     """Which of more hard negatives: the first (as mined, the hardest), or a random draw at each epoch."""
     max_length: int | None = None

@@ -81,11 +81,14 @@ def init(
     data: str | Path | None = None,
     *,
     model: str = "sentence-transformers/all-MiniLM-L6-v2",
+    from_nemo: str | Path | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write a commented recipe to `file`, fitted to `data` where that is given; says what it found and what is next.
 
-    Raises `KinvecError` if the file is there already (and not `force`), or if `data` cannot be trained on as it is.
+    With `from_nemo`, a file with the arguments of a NeMo command, the recipe is what that command does. Raises
+    `KinvecError` if the file is there already (and not `force`), if `data` cannot be trained on as it is, or if there
+    are no such arguments.
     """
     from kinvec.contracts import KinvecError
     from kinvec.files import write_text
@@ -93,6 +96,8 @@ def init(
     path = Path(file)
     if path.exists() and not force:
         raise KinvecError(f"{path} is there already; name another file, or --force to write over it")
+    if from_nemo is not None:
+        return _from_nemo(path, Path(from_nemo))
     found = {"kind": None, "rows": None} if data is None else look_at(data)
     rows, source = found["rows"], "path/to/your/data" if data is None else str(data)
     kind = found["kind"] or "retrieval"
@@ -108,6 +113,18 @@ def init(
     )  # fmt: skip
     write_text(path, text)
     return {"file": str(path), **found, "next": [f"kinvec check {source}", f"kinvec train {path}"]}
+
+
+def _from_nemo(path: Path, source: Path) -> dict[str, Any]:
+    from kinvec.files import write_text
+    from kinvec.files.sources import existing
+    from kinvec.formats.nemo_recipe import read_overrides, recipe_of, write_recipe
+
+    settings, left = recipe_of(read_overrides(existing(str(source)).read_text("utf-8")))
+    write_text(path, write_recipe(settings, left, str(source), str(path)))
+    data = settings.get("data.train", "path/to/train.json")
+    next_steps = [f"kinvec check {data}", f"kinvec train {path}"]
+    return {"file": str(path), "kind": None, "rows": None, "left": left, "next": next_steps}
 
 
 def _quoted(text: str) -> str:
@@ -150,12 +167,17 @@ def command(
     model: Annotated[
         str, typer.Option(help="The model to start from: a folder, a hub name, or pkg:NAME.")
     ] = "sentence-transformers/all-MiniLM-L6-v2",
+    from_nemo: Annotated[
+        Path | None, typer.Option(help="A file with a NeMo command's key=value arguments; they become the recipe.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a recipe that is there.")] = False,
 ) -> None:
     """Write a commented recipe for your own data, and say what to do next."""
-    told = init(file, data, model=model, force=force)
+    told = init(file, data, model=model, from_nemo=from_nemo, force=force)
     if told["rows"] is not None:
         print(f"{data}: {told['rows']:,} {HOLDS[told['kind']]} ({told['kind']})")
+    for key, why in told.get("left", {}).items():
+        print(f"not carried over: {key} ({why})")
     print(f"wrote {told['file']}; next:")
     for line in told["next"]:
         print(f"  {line}")

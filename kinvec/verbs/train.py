@@ -13,12 +13,22 @@ import typer
 def train(recipe: str | Path | None = None, overrides: Sequence[str] = (), force: bool = False) -> dict[str, Any]:
     """Train as the recipe says (a shipped name, a YAML file, or None for the defaults, with `key=value` overrides).
 
-    Returns the run's summary: where everything is, and for every metric base, tuned, difference and interval.
+    Returns the run's summary: where everything is, and for every metric base, tuned, difference and interval; of a
+    chain of stages that of the last, with all of them under `stages`.
     """
-    from kinvec.pipeline import run
-    from kinvec.recipe import load_recipe
+    from kinvec.console import say
+    from kinvec.pipeline import open_run_data, run
+    from kinvec.recipe import load_stages
 
-    return run(load_recipe(recipe, overrides), force=force)
+    stages = load_stages(recipe, overrides)
+    for stage in stages[1:]:  # what is wrong with the last one's data is said before the first one trains
+        open_run_data(stage)
+    summaries = []
+    for number, stage in enumerate(stages, 1):
+        if len(stages) > 1:
+            say(f"stage {number} of {len(stages)}: {stage.objective.name} in {stage.out}")
+        summaries.append(run(stage, force=force))
+    return summaries[-1] | ({"stages": summaries} if len(stages) > 1 else {})
 
 
 def command(
@@ -59,9 +69,9 @@ def command(
 
 def _preview(name: str | None, given: Sequence[str]) -> dict[str, Any]:
     from kinvec.pipeline import describe_data, open_model, open_run_data
-    from kinvec.recipe import load_recipe
+    from kinvec.recipe import load_stages
 
-    recipe = load_recipe(name, given)
+    recipe = load_stages(name, given)[0]
     data = open_run_data(recipe)
     return {"recipe": recipe.model_dump(mode="json"), "data": describe_data(data, open_model(recipe))}
 

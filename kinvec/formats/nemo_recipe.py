@@ -1,0 +1,163 @@
+"""NeMo's command line → a recipe of ours: what each key becomes, or why it has no counterpart.
+
+The keys are those of NeMo 2.0.0's `megatron_bert_embedding_config`, `megatron_gpt_embedder_tuning_config` and the
+earlier `megatron_bert_config` for Sentence-BERT.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import yaml
+
+from kinvec.contracts import KinvecError
+
+Carry = Callable[[Any], dict[str, Any]]
+
+
+def _to(*keys: str) -> Carry:
+    return lambda value: dict.fromkeys(keys, value)
+
+
+def _first_file(key: str) -> Carry:
+    """NeMo takes lists of files; one is carried."""
+
+    def carry(value: Any) -> dict[str, Any]:
+        files = value if isinstance(value, list) else [value]
+        if len(files) != 1:
+            raise KinvecError(f"{len(files)} files are named for {key}; join them, a recipe reads one source")
+        return {key: files[0]}
+
+    return carry
+
+
+PRECISIONS = {"bf16": "bf16", "bf16-mixed": "bf16", "16": "bf16", "16-mixed": "bf16", "32": "fp32", "32-true": "fp32"}
+CARRIED: dict[str, Carry] = {
+    "restore_from_path": _to("model"),
+    "model.restore_from_path": _to("model"),
+    "trainer.max_steps": _to("trainer.max_steps"),
+    "trainer.max_epochs": lambda value: {"trainer.epochs": value} if value > 0 else {},
+    "trainer.val_check_interval": lambda value: (
+        {"trainer.eval_every": value, "trainer.save_every": value} if isinstance(value, int) else {}
+    ),
+    "trainer.gradient_clip_val": lambda value: {"trainer.clip": value or 0.0},
+    "trainer.precision": lambda value: {"precision": PRECISIONS.get(str(value), "auto")},
+    "model.global_batch_size": _to("trainer.batch_size"),
+    "model.encoder_seq_length": _to("data.max_length"),
+    "model.data.train_ds.max_seq_length": _to("data.max_length"),
+    "model.seed": _to("seed"),
+    "model.softmax_temp": _to("objective.temperature"),
+    "model.temperature": _to("objective.temperature"),
+    "model.label_smoothing": _to("objective.label_smoothing"),
+    "model.use_all_possible_negatives": lambda value: {
+        "objective.hard_negatives": "shared" if value else "own",
+        "objective.in_batch": bool(value),
+    },
+    "model.hidden_dropout": _to("trainer.dropout"),
+    "model.data.data_train": _first_file("data.train"),
+    "model.data.data_prefix": _first_file("data.train"),
+    "model.data.train_ds.file_names": _first_file("data.train"),
+    "model.data.data_validation": _first_file("data.dev"),
+    "model.data.hard_negatives_to_train": _to("data.negatives_per_query"),
+    "model.peft.lora_tuning.adapter_dim": _to("lora.rank"),
+    "model.peft.lora_tuning.alpha": _to("lora.alpha"),
+    "model.peft.lora_tuning.adapter_dropout": _to("lora.dropout"),
+    "model.optim.lr": _to("trainer.lr"),
+    "model.optim.weight_decay": _to("trainer.weight_decay"),
+    "model.optim.sched.warmup_steps": _to("trainer.warmup"),
+    "model.optim.sched.min_lr": _to("min_lr"),  # absolute there, a share of the peak here: made below
+    "model.optim.sched.name": lambda value: {"trainer.schedule": "cosine" if value == "CosineAnnealing" else "linear"},
+    "exp_manager.explicit_log_dir": _to("out"),
+    "exp_manager.create_wandb_logger": lambda value: {"trainer.trackers": ["wandb"]} if value else {},
+    "exp_manager.checkpoint_callback_params.save_top_k": _to("trainer.keep"),
+}
+WITHOUT: dict[str, str] = {  # pattern → why it has no counterpart
+    "model.optim.sched.constant_steps": "no stretch is constant: its default of 50,000 ends the decay after warm-up",
+    "model.micro_batch_size": "a batch need not fit into memory; chunks are cut by the planner",
+    "model.optim.name": "AdamW is the optimiser",
+    "model.optim.betas": "AdamW has its usual betas, 0.9 and 0.999",
+    "model.tokenizer.*": "the tokenizer comes with the model",
+    "model.global_inbatch_negatives": "the negatives of the whole batch always count",
+    "model.backprop_type": "gradients flow to every document of the batch",
+    "model.num_soft_negatives": "NeMo never reads it",
+    "model.do_mrl": "name the dimensions: objective.dimensions=[1024, 512, 256]",
+    "model.min_mrl_dim": "name the dimensions: objective.dimensions=[1024, 512, 256]",
+    "model.data.evaluation_*": "dev is evaluated whole, by trainer.eval_every",
+    "model.data.validation_ds.*": "name dev data as data.dev: judged queries, or rows as those of training",
+    "model.data.test_ds.*": "inference is kinvec embed --queries FILE --docs FILE --layout nemo",
+    "model.data.data_test.*": "inference is kinvec embed --queries FILE --docs FILE --layout nemo",
+    "model.mcore_bert": "of NeMo's own code",
+    "model.*process": "of NeMo's own code",
+    "exp_manager.resume*": "the same command always continues",
+    "exp_manager.wandb_logger_kwargs.*": "set WANDB_PROJECT and WANDB_NAME",
+    "trainer.devices": "training runs in one process so far",
+    "trainer.num_nodes": "training runs in one process so far",
+    "*num_sanity_val_steps": "there is no trial evaluation",
+}
+OWN = {  # what NeMo's code does whatever its keys say
+    "prompts": {"query": "query: ", "document": "passage: "},
+    "objective.hard_negatives": "own",
+    "objective.temperature": 0.02,
+    "trainer.schedule": "cosine",
+    "data.negatives": "random",
+}
+
+
+def read_overrides(text: str) -> dict[str, Any]:
+    """`key=value` pairs of a command line or of a file with one a line; `+` and `++` before a key are Hydra's.
+
+    Raises `KinvecError` for text without any.
+    """
+    words = shlex.split(text.replace("\\\n", " "), comments=True)
+    pairs = [word.lstrip("+").split("=", 1) for word in words if "=" in word and not word.startswith("-")]
+    found = {key: yaml.safe_load(value) if value else None for key, value in pairs}
+    if not found:
+        raise KinvecError("there are no key=value overrides in it; give the arguments of a NeMo command")
+    return {key: _number(value) for key, value in found.items()}
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-8 as text."""
+    try:
+        return float(value) if isinstance(value, str) and value[:1].isdigit() else value
+    except ValueError:
+        return value
+
+
+def recipe_of(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(settings of ours by dotted key, why each key that was not carried has no counterpart)."""
+    settings: dict[str, Any] = dict(OWN)
+    left: dict[str, str] = {}
+    for key, value in overrides.items():
+        if value is None:
+            left[key] = "it is empty"
+        elif key in CARRIED:
+            settings |= CARRIED[key](value)
+        else:
+            reasons = (why for pattern, why in WITHOUT.items() if fnmatchcase(key, pattern))
+            left[key] = next(reasons, "nothing here corresponds to it")
+    lowest = settings.pop("min_lr", None)
+    if lowest is not None:
+        settings["trainer.min_lr"] = round(lowest / settings.get("trainer.lr", 2e-4), 6)
+    if settings.get("model", "").endswith(".nemo"):
+        left["restore_from_path"] = f"first: kinvec convert {settings['model']} model, then model=model"
+    return settings, left
+
+
+def write_recipe(settings: Mapping[str, Any], left: Mapping[str, str], source: str, file: str) -> str:
+    """The recipe as YAML, with a comment for every key that was not carried."""
+    needed = {"model": "path/to/model", "data.train": "path/to/train.json", "out": "runs/mine"}
+    nested: dict[str, Any] = {}
+    for key, value in (needed | dict(settings)).items():
+        *path, last = key.split(".")
+        place = nested
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    head = [f"# From the NeMo overrides in {source}.", f"#   kinvec train {file}"]
+    notes = [f"#   {key}: {why}" for key, why in left.items()]
+    notes = ["# Not carried over:", *notes] if notes else []
+    return "\n".join([*head, *notes]) + "\n" + yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)

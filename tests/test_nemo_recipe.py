@@ -1,0 +1,107 @@
+"""A NeMo command becomes a recipe: the documented commands, every known key, and what cannot be carried."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kinvec.contracts import KinvecError
+from kinvec.formats.nemo_recipe import CARRIED, WITHOUT, read_overrides, recipe_of
+from kinvec.recipe import load_recipe
+from kinvec.verbs.init import init
+
+BERT = """\
+python megatron_bert_embedding_finetuning.py \\
+    --config-path=${CONFIG_PATH} --config-name=${CONFIG_NAME} \\
+    restore_from_path=intfloat/e5-large-unsupervised \\
+    trainer.devices=1 trainer.max_steps=10000 trainer.val_check_interval=100 trainer.max_epochs=1 \\
+    +trainer.num_sanity_val_steps=0 \\
+    model.mcore_bert=True model.post_process=False model.global_batch_size=8 model.micro_batch_size=8 \\
+    model.optim.lr=0.000005 model.optim.sched.min_lr=0.00000001 model.optim.sched.warmup_steps=100 \\
+    model.encoder_seq_length=512 model.tokenizer.library="huggingface" \\
+    model.tokenizer.type="intfloat/e5-large-unsupervised" \\
+    model.data.data_train=train.json model.data.data_validation=val.json model.data.hard_negatives_to_train=4 \\
+    exp_manager.explicit_log_dir=runs/bert exp_manager.create_wandb_logger=True exp_manager.resume_if_exists=True \\
+    exp_manager.wandb_logger_kwargs.name=mine exp_manager.wandb_logger_kwargs.project=search
+"""
+GPT = """\
+trainer.precision=bf16
+trainer.max_steps=20000
+model.restore_from_path=my-decoder
+model.global_batch_size=128
+model.temperature=0.02
+model.use_all_possible_negatives=True
+model.data.train_ds.file_names=[train.jsonl]
+model.data.train_ds.max_seq_length=512
+model.peft.lora_tuning.adapter_dim=32
+model.optim.lr=1e-4
+model.optim.sched.warmup_steps=50
+model.num_soft_negatives=3
+"""
+
+
+def test_the_documented_bert_command_is_the_shipped_recipe(tmp_path: Path) -> None:
+    overrides = tmp_path / "overrides.txt"
+    overrides.write_text(BERT)
+    told = init(tmp_path / "mine.yaml", from_nemo=overrides)
+    made = load_recipe(tmp_path / "mine.yaml").model_dump()
+    shipped = load_recipe(
+        "bert-retrieval",
+        ["model=intfloat/e5-large-unsupervised", "data.train=train.json", "data.dev=val.json", "out=runs/bert",
+         "trainer.max_steps=10000", "trainer.trackers=[wandb]", "pooling=null"],
+    ).model_dump()  # fmt: skip
+    shipped["trainer"]["keep"] = made["trainer"]["keep"]  # a default of theirs that the command does not name
+    assert made == shipped
+    assert made["trainer"]["lr"] * made["trainer"]["min_lr"] == pytest.approx(1e-8)
+    carried_or_told = set(told["left"]) | set(CARRIED)
+    assert set(read_overrides(BERT)) <= carried_or_told
+    text = (tmp_path / "mine.yaml").read_text()
+    assert all(f"#   {key}: " in text for key in told["left"])
+    assert told["left"]["model.micro_batch_size"].startswith("a batch need not fit into memory")
+
+
+def test_a_gpt_command(tmp_path: Path) -> None:
+    (tmp_path / "overrides.txt").write_text(GPT)
+    told = init(tmp_path / "gpt.yaml", from_nemo=tmp_path / "overrides.txt")
+    made = load_recipe(tmp_path / "gpt.yaml", ["out=runs/gpt"])
+    assert (made.model, made.precision, made.lora.rank, made.trainer.lr) == ("my-decoder", "bf16", 32, 1e-4)
+    assert (made.objective.hard_negatives, made.objective.temperature) == ("shared", 0.02)
+    assert made.data.train == "train.jsonl" and made.trainer.warmup == 50 and math.isclose(made.trainer.batch_size, 128)
+    assert told["left"] == {"model.num_soft_negatives": "NeMo never reads it"}
+
+
+def test_every_embedding_key_of_nemos_configurations_is_carried_or_explained(shared_data: Path) -> None:
+    """All keys of the two embedding configurations that concern training data, loss, optimiser and adapters."""
+    facts = shared_data.parent / "facts" / "nemo-config-keys.md"
+    if not facts.is_file():
+        pytest.skip("the list of NeMo's keys is not at hand")
+    known = set(re.findall(r"^\| `((?:model|trainer|exp_manager)\.[^`]+)` \|", facts.read_text("utf-8"), re.MULTILINE))
+    assert set(CARRIED) - known <= {
+        "restore_from_path", "model.label_smoothing", "model.data.data_prefix", "model.peft.lora_tuning.alpha",
+    }  # fmt: skip
+    settings, left = recipe_of(dict.fromkeys(sorted(known - set(CARRIED)), "x"))
+    asked = [
+        key for key in left if re.match(r"model\.(optim|softmax|temperature|global|data\.hard|num_soft|use_all)", key)
+    ]
+    assert asked and all(left[key] != "nothing here corresponds to it" for key in asked), asked
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("python train.py --config-name=mine", "no key=value overrides"),
+    ("model.data.train_ds.file_names=[a.jsonl,b.jsonl]", "2 files are named for data.train"),
+])  # fmt: skip
+def test_what_cannot_be_a_recipe_is_said(text: str, said: str) -> None:
+    with pytest.raises(KinvecError, match=said):
+        recipe_of(read_overrides(text))
+
+
+def test_a_nemo_checkpoint_is_to_be_converted_first(tmp_path: Path, main: Callable[..., tuple[int, str]]) -> None:
+    (tmp_path / "overrides.txt").write_text("restore_from_path=/models/e5.nemo model.optim.lr=1e-5 model.strange=7")
+    code, told = main("init", str(tmp_path / "r.yaml"), "--from-nemo", str(tmp_path / "overrides.txt"))
+    assert code == 0 and "kinvec convert /models/e5.nemo model" in told
+    assert "not carried over: model.strange (nothing here corresponds to it)" in told
+    assert WITHOUT["trainer.devices"]
