@@ -76,6 +76,8 @@ CARRIED: dict[str, Carry] = {
 }
 WITHOUT: dict[str, str] = {  # pattern → why it has no counterpart
     "model.optim.sched.constant_steps": "no stretch is constant: its default of 50,000 ends the decay after warm-up",
+    "model.optim.sched.monitor": "the schedule follows steps, not a measure",
+    "model.optim.sched.reduce_on_plateau": "the schedule follows steps, not a measure",
     "model.micro_batch_size": "a batch need not fit into memory; chunks are cut by the planner",
     "model.optim.name": "AdamW is the optimiser",
     "model.optim.betas": "AdamW has its usual betas, 0.9 and 0.999",
