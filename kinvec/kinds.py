@@ -115,9 +115,14 @@ def _rows_of_labels(table: Table, settings: DataSettings) -> Rows:
     return np.flatnonzero(np.isin(labels, settings.labels))
 
 
+def _texts_and_labels(table: Table, rows: Rows) -> tuple[list[str], list[str]]:
+    found = [table.arrow.row(int(row)) for row in rows]
+    return [row["text"] for row in found], [row["label"] for row in found]
+
+
 def _labelled(table: Table, rows: Rows, name: str, split: str) -> LabelledData:
     """The rows, with nothing to learn from yet."""
-    texts, labels = ([table.arrow.value(column, int(row)) for row in rows] for column in ("text", "label"))
+    texts, labels = _texts_and_labels(table, rows)
     return LabelledData(texts, labels, [], [], _key(table, rows), name, split)
 
 
@@ -134,7 +139,7 @@ def _with_training_texts(problem: Any, table: Table, rows: Rows, limit: int) -> 
     """With the rows trained on for classifiers to learn from, a random draw of `limit` where they are more."""
     if len(rows) > limit:
         rows = np.sort(np.random.default_rng(0).choice(rows, limit, replace=False))
-    texts, labels = ([table.arrow.value(column, int(row)) for row in rows] for column in ("text", "label"))
+    texts, labels = _texts_and_labels(table, rows)
     key = content_fingerprint(f"{problem.fingerprint}-{_key(table, rows)}".encode())
     return replace(problem, training_texts=texts, training_labels=labels, fingerprint=key)
 

@@ -72,7 +72,8 @@ class Objective:
     """What `pipeline` hands to the trainer.
 
     `texts(batch)` are the queries and the documents whose embeddings `loss` needs. An objective that predicts tokens
-    has `ask` instead of a loss: (tokenizer, pack) → the pack with hidden tokens, and what is to be predicted.
+    has `ask` instead of a loss: (tokenizer, pack) → the pack with hidden tokens, and what is to be predicted. `noisy`
+    ones learn from the model's dropout.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Objective:
     measures: Measures = _nothing
     texts: Callable[[Any], tuple[Sequence[str], Sequence[str]]] = _as_drawn
     ask: Callable[[Any, Pack], Cloze] | None = None
+    noisy: bool = False
 
 
 def make_objective(settings: ObjectiveSettings) -> Objective:
@@ -173,7 +175,7 @@ def simcse(settings: ObjectiveSettings) -> Objective:
         weights, same = torch.ones(len(own), device=own.device), batch.duplicates.to(own.device)
         return LOSSES[False](queries, documents, own, same, weights, settings.temperature, settings.label_smoothing)
 
-    return Objective("simcse", loss, "texts", texts=lambda batch: (batch.queries, batch.queries))
+    return Objective("simcse", loss, "texts", texts=lambda batch: (batch.queries, batch.queries), noisy=True)
 
 
 def language(task: Task) -> Callable[[ObjectiveSettings], Objective]:

@@ -118,8 +118,10 @@ def fit(
     total = settings.max_steps or math.ceil(settings.epochs * steps_per_epoch)
     every = steps_per_epoch if settings.eval_every is None else settings.eval_every
     _prepare(embedder, settings)
-    if objective.name == "simcse" and not has_dropout(embedder):
-        raise RecipeError("simcse needs dropout: it makes two embeddings of a text differ; set trainer.dropout=0.1")
+    if objective.noisy and not has_dropout(embedder):
+        raise RecipeError(
+            f"{objective.name} needs dropout: it makes two embeddings of a text differ; set trainer.dropout=0.1"
+        )
     optimizer = make_optimizer(embedder, settings)
     state = _resume(run, embedder, optimizer, settings)
     keep_log(run / "log.jsonl", state.step)

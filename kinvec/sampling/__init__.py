@@ -3,6 +3,7 @@
 settings.py   which data, and how they are read and drawn
 retrieval.py  queries with positives and negatives; labelled.py: P labels × K texts; scored.py: pairs with a score;
               plain.py: texts
+order.py      the order of an epoch, for all but labelled texts
 held_out.py   the share of the rows that training never sees
 """
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from kinvec.console import say
 from kinvec.contracts import KinvecError, RecipeError
 from kinvec.files import Table
+from kinvec.sampling.order import steps_of
 from kinvec.sampling.settings import DataSettings
 
 
@@ -57,7 +58,7 @@ class LabelSource:
 
     def steps_per_epoch(self, batch_size: int) -> int:
         labels, texts = self.shape(batch_size)
-        return -(-self.size // (labels * texts))
+        return steps_of(self.size, labels * texts)
 
     def batch(self, step: int, batch_size: int) -> LabelBatch:
         """The batch of step `step`, counted from 0."""

@@ -6,7 +6,7 @@ Shapes: n = texts of the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kinvec.files import Table
+from kinvec.sampling.order import drawn, steps_of
 from kinvec.sampling.settings import DataSettings
 
 
@@ -41,18 +42,13 @@ class TextSource:
     table: Table
     rows: Int[np.ndarray, " E"]
     seed: int
-    _order: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        return -(-len(self.rows) // batch_size)
+        return steps_of(len(self.rows), batch_size)
 
     def batch(self, step: int, batch_size: int) -> TextBatch:
         """The batch of step `step`, counted from 0; the last of an epoch may be smaller."""
-        epoch, place = divmod(step, self.steps_per_epoch(batch_size))
-        if epoch not in self._order:
-            self._order.clear()
-            self._order[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-        rows = self._order[epoch][place * batch_size : (place + 1) * batch_size].tolist()
+        rows = self.rows[drawn(len(self.rows), self.seed, step, batch_size)].tolist()
         return TextBatch([self.table.arrow.value("text", row) for row in rows], [self.table.where(row) for row in rows])
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from kinvec.console import say
 from kinvec.contracts import Corpus, Example, KinvecError, RetrievalData
 from kinvec.files import Table, exact_key, text_key, text_keys
+from kinvec.sampling.order import drawn, steps_of
 from kinvec.sampling.settings import DataSettings
 
 
@@ -97,13 +98,12 @@ class PairSource:
         return len(self.rows)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        return -(-len(self) // batch_size)
+        return steps_of(len(self), batch_size)
 
     def batch(self, step: int, batch_size: int) -> PairBatch:
         """The batch of step `step`, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch(batch_size))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
-        chosen = order[place * batch_size : (place + 1) * batch_size]
+        chosen = drawn(len(self), self.seed, step, batch_size)
         picked = [(self.table.example(int(self.rows[i])), int(self.places[i])) for i in chosen]
         draw = np.random.default_rng([self.seed, epoch, place, 1])
         return build_batch(picked, self.weights[chosen], self.known, self.settings, draw)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kinvec.contracts import KinvecError
 from kinvec.files import Table
+from kinvec.sampling.order import drawn, steps_of
 from kinvec.sampling.settings import DataSettings
 
 
@@ -40,13 +41,11 @@ class ScoredSource:
     seed: int
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        return -(-len(self.rows) // batch_size)
+        return steps_of(len(self.rows), batch_size)
 
     def batch(self, step: int, batch_size: int) -> ScoredBatch:
         """The batch of step `step`, counted from 0."""
-        epoch, place = divmod(step, self.steps_per_epoch(batch_size))
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-        chosen = order[place * batch_size : (place + 1) * batch_size].tolist()
+        chosen = self.rows[drawn(len(self.rows), self.seed, step, batch_size)].tolist()
         rows = [self.table.arrow.row(row) for row in chosen]
         scores = torch.tensor([(row["score"] - self.low) / (self.high - self.low) for row in rows])
         texts = [row["first"] for row in rows] + [row["second"] for row in rows]
