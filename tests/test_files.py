@@ -409,6 +409,11 @@ def test_beir_test_judgements_are_no_part_of_training_data(beir_folder: Path) ->
     assert before.fingerprint == after.fingerprint and values(before) == values(after)
 
 
+def test_ids_that_differ_by_a_capital_are_two(beir_folder: Path) -> None:
+    jsonl(beir_folder / "corpus.jsonl", [{"_id": i, "text": i} for i in ("d1", "D1", "d2", "d3", "d4", " d1")])
+    assert list(open_retrieval(beir_folder).corpus.ids) == ["d1", "D1", "d2", "d3", "d4", " d1"]
+
+
 def test_beir_as_a_search_problem(beir_folder: Path) -> None:
     data = open_retrieval(beir_folder)
     assert (data.queries, data.qrels) == ({"q4": "question 4"}, {"q4": {"d1": 1}})

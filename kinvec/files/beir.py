@@ -19,7 +19,7 @@ from kinvec.files.arrow import ArrowStrings, ArrowTable, cached_table, fingerpri
 from kinvec.files.problems import BadValue, DataError, Notes
 from kinvec.files.records import decoded_lines, jsonl_records, kind_of
 from kinvec.files.rows import Row, checked_text, judged_row
-from kinvec.files.writing import content_fingerprint, text_key
+from kinvec.files.writing import content_fingerprint, exact_key
 
 DOCUMENTS = pa.schema([pa.field("id", pa.string()), pa.field("text", pa.string()), pa.field("line", pa.int64())])
 
@@ -79,7 +79,7 @@ def documents(path: Path, notes: Notes) -> ArrowTable:
             except BadValue as bad:
                 notes.bad(DataError(bad.rule, name, line, bad.message, bad.remedy))
                 continue
-            keys.append(text_key(row[0]))
+            keys.append(exact_key(row[0]))
             lines.append(line)
             yield row
         for line in _repeated(keys, lines):
