@@ -11,7 +11,7 @@ Shapes: T = tokens of the pack, H = query heads, K = key/value heads, D = head w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -35,6 +35,12 @@ def packed(pack: Pack) -> Iterator[None]:
         yield
     finally:
         _PACK.reset(token)
+
+
+def recomputing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a layer's first pass and of its second, which autograd runs when `packed` is over."""
+    pack = _PACK.get()
+    return nullcontext(), nullcontext() if pack is None else packed(pack)
 
 
 class TextMask:

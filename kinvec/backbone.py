@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import torch
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from kinvec.attention import fuse_projections, install, packed, set_direction
+from kinvec.attention import fuse_projections, install, packed, recomputing, set_direction
 from kinvec.batching import Pack, Tokens, pack
 from kinvec.config import Settings
 from kinvec.console import say
@@ -302,6 +304,23 @@ def fuse(backbone: Backbone) -> None:
     """Join the query, key and value products of plain layers; call it after adapters are on."""
     if backbone.packs:
         fuse_projections(backbone.model)
+
+
+def recompute_layers(backbone: Backbone) -> None:
+    """Gradient checkpointing (Chen et al. 2016): in training a layer keeps its input alone, and runs once more later.
+
+    The second run draws the same dropout masks; loss and gradients are those without, to the bit. Raises `KinvecError`
+    for an architecture whose layers transformers has not marked for it.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        kind = backbone.model.config.model_type  # type: ignore[union-attr]
+        raise KinvecError(f"{kind}: its layers cannot be recomputed; leave trainer.gradient_checkpointing off")
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=recomputing)
 
 
 ATTENTION_DROPOUT = re.compile(r"(self|attention)\.dropout$|attn_dropout$|attention_dropout$")

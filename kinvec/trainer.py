@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kinvec import checkpoint, masking
 from kinvec.attention import replace_dropout
-from kinvec.backbone import fuse, has_dropout, release_pages, set_dropout, trainable
+from kinvec.backbone import fuse, has_dropout, recompute_layers, release_pages, set_dropout, trainable
 from kinvec.batching import Pack, cut, pack
 from kinvec.config import Settings
 from kinvec.console import progress, say
@@ -77,6 +77,8 @@ class TrainerSettings(Settings):
     """Memory for activations, such as 6GiB; auto is half of what is free. Only speed depends on it."""
     chunk_tokens: int = Field(CHUNK_TOKENS, ge=1)
     """Tokens that go through the model at once."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the model's layers and run each layer again for its gradients: less memory, slower."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Experiment trackers to log to, besides log.jsonl (install the extra `track`)."""
 
@@ -165,6 +167,8 @@ def _prepare(embedder: Embedder, settings: TrainerSettings) -> None:
         set_dropout(embedder, settings.dropout, settings.dropout_on)
     replace_dropout(embedder)
     fuse(embedder.backbone)
+    if settings.gradient_checkpointing:
+        recompute_layers(embedder.backbone)
     embedder.train()
 
 

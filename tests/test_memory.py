@@ -1,0 +1,94 @@
+"""What a model holds in memory while it trains, and that holding less of it changes no gradient."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import save_plain
+from torch import Tensor
+
+from kinvec import Embedder
+from kinvec.backbone import LoraSettings, add_lora, recompute_layers, trainable
+from kinvec.batching import pack
+from kinvec.contracts import KinvecError
+from kinvec.embedder import open_folder
+from kinvec.planner import saved_bytes_per_token
+from kinvec.trainer import TrainerSettings, _prepare
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXTS = ["gene expression in the human heart " * 4, "insulin", "a drug reduces the risk of infection", "brain cancer"]
+
+
+def prepared(folder: Path, lora: int, **settings: Any) -> Embedder:
+    torch.manual_seed(0)
+    embedder = open_folder(folder)
+    if lora:
+        add_lora(embedder.backbone, LoraSettings(rank=lora, dropout=0.1))
+        for name, parameter in trainable(embedder):
+            if "lora_B" in name:  # which start at zero, and would leave half of the gradients there
+                torch.nn.init.normal_(parameter, std=0.1)
+    _prepare(embedder, TrainerSettings(**settings))
+    return embedder
+
+
+def gradients(embedder: Embedder) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Vectors, gradients by name, and the random state afterwards."""
+    texts = pack(embedder.tokenize(TEXTS), range(len(TEXTS)))
+    torch.manual_seed(1)
+    vectors = embedder(texts)
+    (vectors @ vectors.detach().roll(1, 0).T).exp().sum().backward()
+    found = {name: p.grad.clone() for name, p in trainable(embedder) if p.grad is not None}
+    return vectors.detach(), found, torch.get_rng_state()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("lora", [0, 2], ids=["all weights", "lora"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "gemma2", "deberta-v2", "t5"])
+def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, name: str, lora: int, dropout: float) -> None:
+    save_plain(name, tmp_path, "decoder" if name in ("llama", "gemma2") else "roberta")
+    plain = prepared(tmp_path, lora, dropout=dropout)
+    frugal = prepared(tmp_path, lora, dropout=dropout, gradient_checkpointing=True)
+    vectors, expected, state = gradients(plain)
+    again, found, state_after = gradients(frugal)
+    assert torch.equal(again, vectors) and torch.equal(state_after, state)
+    assert found.keys() == expected.keys() and len(found) >= 4
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert any(value.abs().max() > 0 for value in expected.values())
+    sample = pack(plain.tokenize(TEXTS), range(len(TEXTS)))
+    assert saved_bytes_per_token(frugal, frugal, sample) < 0.4 * saved_bytes_per_token(plain, plain, sample)
+
+
+@pytest.mark.parametrize("budget", ["8GiB", "1B"])
+def test_a_run_with_gradient_checkpointing_ends_with_the_same_weights(
+    tmp_path: Path, tiny_folder: Path, tiny_pairs: Path, main: Callable[..., tuple[int, str]], budget: str
+) -> None:
+    """With dropout, in several chunks, all of them kept or all embedded twice."""
+    common = ["trainer.batch_size=8", "trainer.max_steps=4", "trainer.lr=1e-3", "trainer.chunk_tokens=64"]
+    argv = [f"model={tiny_folder}", f"data.train={tiny_pairs}", "threads=1", "evaluate=false", *common]
+    runs = {}
+    for frugal in ("false", "true"):
+        out = tmp_path / frugal
+        code, said = main(
+            "train", *argv, f"out={out}", f"trainer.gradient_checkpointing={frugal}", f"trainer.memory_budget={budget}"
+        )
+        assert code == 0, said
+        losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+        weights = load_file(out / "model" / "model.safetensors")
+        runs[frugal] = losses, weights, json.loads((out / "training.json").read_text())["bytes_per_token"]
+    assert runs["true"][0] == runs["false"][0] and len(runs["true"][0]) == 4
+    assert all(torch.equal(value, runs["false"][1][key]) for key, value in runs["true"][1].items())
+    assert runs["true"][2] < 0.4 * runs["false"][2]  # the plan counts what is really kept
+
+
+def test_an_architecture_without_such_layers_is_refused(tmp_path: Path) -> None:
+    save_plain("mpnet", tmp_path, "roberta")
+    with pytest.raises(KinvecError, match="mpnet: its layers cannot be recomputed; leave trainer.gradient_checkpointi"):
+        recompute_layers(open_folder(tmp_path).backbone)
