@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import WORDS, save_plain
+from tiny_models import WORDS, config_of, save_plain, tokenizer_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -47,6 +47,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_plain("bert", folder / "plain", "bert", max_length=32, spread=0.1, **dropout)
     Embedder.load(folder / "plain", precision="fp32").save(folder / "model")
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of two layers with its language head, as a plain Hugging Face folder."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("decoder")
+    AutoModelForCausalLM.from_config(config_of("llama")).save_pretrained(folder)
+    tokenizer_of("decoder").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -29,18 +28,16 @@ python megatron_bert_embedding_finetuning.py \\
     exp_manager.wandb_logger_kwargs.name=mine exp_manager.wandb_logger_kwargs.project=search
 """
 GPT = """\
-trainer.precision=bf16
-trainer.max_steps=20000
-model.restore_from_path=my-decoder
-model.global_batch_size=128
-model.temperature=0.02
-model.use_all_possible_negatives=True
-model.data.train_ds.file_names=[train.jsonl]
-model.data.train_ds.max_seq_length=512
-model.peft.lora_tuning.adapter_dim=32
-model.optim.lr=1e-4
-model.optim.sched.warmup_steps=50
-model.num_soft_negatives=3
+ python3 /NeMo/examples/nlp/information_retrieval/megatron_gpt_embedding_finetuning.py \\
+    exp_manager.exp_dir="runs/gpt" \\
+    model.global_batch_size=4 \\
+    model.micro_batch_size=4 \\
+    trainer.devices=1 \\
+    trainer.num_nodes=1 \\
+    trainer.max_steps=20 \\
+    model.restore_from_path="my-decoder" \\
+    model.peft.lora_tuning.adapter_dim=16 \\
+    model.data.train_ds.file_names=["train.jsonl"]
 """
 
 
@@ -52,9 +49,8 @@ def test_the_documented_bert_command_is_the_shipped_recipe(tmp_path: Path) -> No
     shipped = load_recipe(
         "bert-retrieval",
         ["model=intfloat/e5-large-unsupervised", "data.train=train.json", "data.dev=val.json", "out=runs/bert",
-         "trainer.max_steps=10000", "trainer.trackers=[wandb]", "pooling=null"],
+         "trainer.trackers=[wandb]"],
     ).model_dump()  # fmt: skip
-    shipped["trainer"]["keep"] = made["trainer"]["keep"]  # a default of theirs that the command does not name
     assert made == shipped
     assert made["trainer"]["lr"] * made["trainer"]["min_lr"] == pytest.approx(1e-8)
     carried_or_told = set(told["left"]) | set(CARRIED)
@@ -62,16 +58,29 @@ def test_the_documented_bert_command_is_the_shipped_recipe(tmp_path: Path) -> No
     text = (tmp_path / "mine.yaml").read_text()
     assert all(f"#   {key}: " in text for key in told["left"])
     assert told["left"]["model.micro_batch_size"].startswith("a batch need not fit into memory")
+    assert told["left"]["trainer.max_steps"].startswith("NeMo stops at whichever comes first")
 
 
-def test_a_gpt_command(tmp_path: Path) -> None:
+def test_the_documented_gpt_command_is_the_shipped_recipe(tmp_path: Path) -> None:
     (tmp_path / "overrides.txt").write_text(GPT)
     told = init(tmp_path / "gpt.yaml", from_nemo=tmp_path / "overrides.txt")
-    made = load_recipe(tmp_path / "gpt.yaml", ["out=runs/gpt"])
-    assert (made.model, made.precision, made.lora.rank, made.trainer.lr) == ("my-decoder", "bf16", 32, 1e-4)
-    assert (made.objective.hard_negatives, made.objective.temperature) == ("shared", 0.02)
-    assert made.data.train == "train.jsonl" and made.trainer.warmup == 50 and math.isclose(made.trainer.batch_size, 128)
-    assert told["left"] == {"model.num_soft_negatives": "NeMo never reads it"}
+    shipped = load_recipe(
+        "gpt-embedding",
+        ["model=my-decoder", "data.train=train.jsonl", "out=runs/gpt", "trainer.batch_size=4", "trainer.max_steps=20"],
+    )
+    assert load_recipe(tmp_path / "gpt.yaml") == shipped
+    assert set(told["left"]) == {"model.micro_batch_size", "trainer.devices", "trainer.num_nodes"}
+
+
+def test_other_settings_of_a_gpt_command_win_over_its_configurations(tmp_path: Path) -> None:
+    more = "trainer.precision=bf16 model.use_all_possible_negatives=True model.optim.lr=2e-4 model.num_soft_negatives=3"
+    (tmp_path / "overrides.txt").write_text(f"{GPT.rstrip()} {more} model.peft.lora_tuning.alpha=8 model.temperature=")
+    told = init(tmp_path / "gpt.yaml", from_nemo=tmp_path / "overrides.txt")
+    made = load_recipe(tmp_path / "gpt.yaml")
+    assert (made.precision, made.trainer.lr, made.lora.rank, made.lora.alpha) == ("bf16", 2e-4, 16, 8)
+    assert (made.objective.hard_negatives, made.objective.in_batch) == ("shared", True)
+    assert made.objective.temperature == 0.02 and told["left"]["model.temperature"] == "it is empty"
+    assert told["left"]["model.num_soft_negatives"] == "NeMo never reads it"
 
 
 def test_every_embedding_key_of_nemos_configurations_is_carried_or_explained(shared_data: Path) -> None:

@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_models import config_of, tokenizer_of
-from transformers import AutoModelForCausalLM
 
 from kinvec import Embedder, config
 from kinvec.contracts import KinvecError
@@ -38,12 +36,16 @@ CHAINS = ["bg2vec", "llm2vec"]
 
 
 @pytest.mark.parametrize("name", sorted(set(shipped()) - set(CHAINS)))
-def test_a_shipped_recipe_runs(name: str, tiny_folder: Path, tiny_pairs: Path, labelled: Path, tmp_path: Path) -> None:
-    kind = make_objective(load_recipe(name, NEEDED).objective).kind
+def test_a_shipped_recipe_runs(
+    name: str, tiny_folder: Path, tiny_decoder: Path, tiny_pairs: Path, labelled: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(name, NEEDED)
+    kind = make_objective(recipe.objective).kind
+    model = tiny_decoder if recipe.attention == "causal" else tiny_folder
     texts = tmp_path / "texts.txt"
     texts.write_text("the blood of a mouse\nhigh risk of heart infection\n" * 8)
     data = {"retrieval": tiny_pairs, "labelled": labelled, "texts": texts}[kind]
-    settings = [f"model={tiny_folder}", f"data.train={data}", f"out={tmp_path / 'run'}", "threads=1"]
+    settings = [f"model={model}", f"data.train={data}", f"out={tmp_path / 'run'}", "threads=1"]
     if kind == "texts":  # which judge nothing themselves; the tiny encoder's tokenizer has no blank, but a mask
         settings += [f"data.test={tiny_pairs}", "objective.masking.token=mask"]
     summary = run(load_recipe(name, [*settings, "trainer.max_steps=2"]))
@@ -85,15 +87,12 @@ def test_every_setting_has_a_help_text_and_the_schema_knows_it() -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_chain_trains_each_stage_on_the_model_of_the_one_before(
-    tmp_path: Path, tiny_pairs: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_decoder: Path, tiny_pairs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tmp_path / "decoder"
-    AutoModelForCausalLM.from_config(config_of("llama")).save_pretrained(model)
-    tokenizer_of("decoder").save_pretrained(model)
     texts = tmp_path / "texts.txt"
     texts.write_text("the blood of a mouse\nhigh risk of heart infection\n" * 8)
     settings = [
-        f"model={model}",
+        f"model={tiny_decoder}",
         f"out={tmp_path / 'run'}",
         "threads=1",
         "trainer.max_steps=2",
@@ -106,7 +105,7 @@ def test_a_chain_trains_each_stage_on_the_model_of_the_one_before(
     last = Embedder.load(tmp_path / "run" / "contrastive" / "model", precision="fp32")
     assert last.attention == "bidirectional" and last.pooling == ("mean",)
     assert [stage["objective"] for stage in last.lineage] == ["mntp", "simcse", "contrastive"]
-    bases = [model, *(tmp_path / "run" / stage / "model" for stage in ("mntp", "simcse"))]
+    bases = [tiny_decoder, *(tmp_path / "run" / stage / "model" for stage in ("mntp", "simcse"))]
     assert [stage["base"] for stage in last.lineage] == [str(base) for base in bases]
     assert all((tmp_path / "run" / stage / "adapter").is_dir() for stage in ("mntp", "simcse", "contrastive"))
     capsys.readouterr()

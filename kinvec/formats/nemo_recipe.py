@@ -48,6 +48,7 @@ CARRIED: dict[str, Carry] = {
     "model.global_batch_size": _to("trainer.batch_size"),
     "model.encoder_seq_length": _to("data.max_length"),
     "model.data.train_ds.max_seq_length": _to("data.max_length"),
+    "model.data.train_ds.add_eos": _to("append_eos"),
     "model.seed": _to("seed"),
     "model.softmax_temp": _to("objective.temperature"),
     "model.temperature": _to("objective.temperature"),
@@ -71,6 +72,7 @@ CARRIED: dict[str, Carry] = {
     "model.optim.sched.min_lr": _to("min_lr"),  # absolute there, a share of the peak here: made below
     "model.optim.sched.name": lambda value: {"trainer.schedule": "cosine" if value == "CosineAnnealing" else "linear"},
     "exp_manager.explicit_log_dir": _to("out"),
+    "exp_manager.exp_dir": _to("out"),
     "exp_manager.create_wandb_logger": lambda value: {"trainer.trackers": ["wandb"]} if value else {},
     "exp_manager.checkpoint_callback_params.save_top_k": _to("trainer.keep"),
 }
@@ -78,6 +80,7 @@ WITHOUT: dict[str, str] = {  # pattern → why it has no counterpart
     "model.optim.sched.constant_steps": "no stretch is constant: its default of 50,000 ends the decay after warm-up",
     "model.optim.sched.monitor": "the schedule follows steps, not a measure",
     "model.optim.sched.reduce_on_plateau": "the schedule follows steps, not a measure",
+    "model.peft.peft_scheme": "adapters are LoRA's",
     "model.micro_batch_size": "a batch need not fit into memory; chunks are cut by the planner",
     "model.optim.name": "AdamW is the optimiser",
     "model.optim.betas": "AdamW has its usual betas, 0.9 and 0.999",
@@ -99,13 +102,52 @@ WITHOUT: dict[str, str] = {  # pattern → why it has no counterpart
     "trainer.num_nodes": "training runs in one process so far",
     "*num_sanity_val_steps": "there is no trial evaluation",
 }
-OWN = {  # what NeMo's code does whatever its keys say
-    "prompts": {"query": "query: ", "document": "passage: "},
+PROMPTS = {"query": "query: ", "document": "passage: "}
+BERT_CODE = {  # what NeMo's BERT embedding does whatever its keys say
+    "prompts": PROMPTS,
+    "pooling": "mean",
     "objective.hard_negatives": "own",
-    "objective.temperature": 0.02,
-    "trainer.schedule": "cosine",
     "data.negatives": "random",
 }
+BERT_DEFAULTS = {  # what its configuration says where a command does not
+    "model.softmax_temp": 0.02,
+    "model.encoder_seq_length": 512,
+    "model.global_batch_size": 8,
+    "model.data.hard_negatives_to_train": 4,
+    "model.optim.lr": 2e-4,
+    "model.optim.weight_decay": 0.01,
+    "model.optim.sched.name": "CosineAnnealing",
+    "model.optim.sched.warmup_steps": 500,
+    "model.optim.sched.min_lr": 2e-5,
+    "trainer.max_steps": 100_000,
+    "trainer.val_check_interval": 100,
+    "trainer.gradient_clip_val": 1.0,
+    "exp_manager.checkpoint_callback_params.save_top_k": 10,
+}
+GPT_CODE = {  # the same of NeMo's GPT embedding
+    "prompts": PROMPTS,
+    "attention": "causal",
+    "pooling": "lasttoken",
+    "data.negatives_per_query": 1,
+}
+GPT_DEFAULTS = {
+    "model.temperature": 0.02,
+    "model.use_all_possible_negatives": False,
+    "model.data.train_ds.max_seq_length": 512,
+    "model.data.train_ds.add_eos": True,
+    "model.global_batch_size": 128,
+    "model.peft.lora_tuning.adapter_dim": 32,
+    "model.peft.lora_tuning.adapter_dropout": 0.0,
+    "model.optim.lr": 1e-4,
+    "model.optim.weight_decay": 0.01,
+    "model.optim.sched.name": "CosineAnnealing",
+    "model.optim.sched.warmup_steps": 50,
+    "model.optim.sched.min_lr": 0.0,
+    "trainer.max_steps": 20_000,
+    "trainer.gradient_clip_val": 0.0,
+    "exp_manager.checkpoint_callback_params.save_top_k": 1,
+}
+GPT_KEYS = ("model.data.train_ds.", "model.peft.")
 
 
 def read_overrides(text: str) -> dict[str, Any]:
@@ -130,20 +172,28 @@ def _number(value: Any) -> Any:
 
 
 def recipe_of(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """(settings of ours by dotted key, why each key that was not carried has no counterpart)."""
-    settings: dict[str, Any] = dict(OWN)
-    left: dict[str, str] = {}
-    for key, value in overrides.items():
-        if value is None:
-            left[key] = "it is empty"
-        elif key in CARRIED:
+    """(settings of ours by dotted key, why each key that was not carried has no counterpart).
+
+    What the overrides leave open is as NeMo's own configuration has it: that of the GPT embedding model where a key of
+    its data or adapters is among them, else of the BERT embedding model.
+    """
+    gpt = any(key.startswith(GPT_KEYS) for key in overrides)
+    settings: dict[str, Any] = dict(GPT_CODE if gpt else BERT_CODE)
+    left = {key: "it is empty" for key, value in overrides.items() if value is None}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    for key, value in ((GPT_DEFAULTS if gpt else BERT_DEFAULTS) | given).items():
+        if key in CARRIED:
             settings |= CARRIED[key](value)
         else:
             reasons = (why for pattern, why in WITHOUT.items() if fnmatchcase(key, pattern))
             left[key] = next(reasons, "nothing here corresponds to it")
-    lowest = settings.pop("min_lr", None)
-    if lowest is not None:
-        settings["trainer.min_lr"] = round(lowest / settings.get("trainer.lr", 2e-4), 6)
+    settings["trainer.min_lr"] = round(settings.pop("min_lr") / settings["trainer.lr"], 6)
+    if "lora.rank" in settings:
+        settings.setdefault("lora.alpha", settings["lora.rank"])  # NeMo's default
+    if "trainer.epochs" in settings:
+        del settings["trainer.max_steps"]
+        if "trainer.max_steps" in overrides:
+            left["trainer.max_steps"] = "NeMo stops at whichever comes first; trainer.max_epochs is kept"
     if settings.get("model", "").endswith(".nemo"):
         left["restore_from_path"] = f"first: kinvec convert {settings['model']} model, then model=model"
     return settings, left
