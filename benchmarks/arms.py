@@ -58,10 +58,9 @@ def encode_peer(precision: str, texts: list[str]) -> tuple[np.ndarray, float]:
 
 def train_kinvec(precision: str, rows: str) -> float:
     """Seconds of LONG − SHORT steps."""
-    from kinvec.objectives import make_objective
     from kinvec.pipeline import open_model, open_run_data
     from kinvec.recipe import load_recipe
-    from kinvec.sampling import pair_source
+    from kinvec.run_data import mixture
     from kinvec.trainer import fit
 
     seconds = []
@@ -75,8 +74,7 @@ def train_kinvec(precision: str, rows: str) -> float:
                 f"precision={precision}",
             ])  # fmt: skip
             data, embedder = open_run_data(recipe), open_model(recipe)
-            source = pair_source(data.table, data.examples, recipe.data, recipe.seed)
-            fit(embedder, make_objective(recipe.objective), source, recipe.trainer, Path(folder))
+            fit(embedder, mixture(recipe, data, embedder.prompts), recipe.trainer, Path(folder))
             rows_logged = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
             seconds.append(sum(row["tokens"] / row["tokens_per_s"] for row in rows_logged))
     return seconds[1] - seconds[0]

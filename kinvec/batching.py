@@ -37,16 +37,17 @@ class Tokens:
 
 
 def tokenize(
-    tokenizer: Any, texts: Sequence[str], max_length: int, prompt: str = "", skip_prompt: bool = False
+    tokenizer: Any, texts: Sequence[str], max_length: int, prompt: str | Sequence[str] = "", skip_prompt: bool = False
 ) -> Tokens:
-    """Put `prompt` before every text and tokenize, cut at `max_length` tokens (special tokens included).
+    """Put `prompt` (or each text its own) before every text and tokenize, cut at `max_length` tokens, special ones too.
 
     With `skip_prompt` the prompt's tokens are marked to be left out of pooling, as sentence-transformers does it for
     models whose pooling has `include_prompt: false`.
     """
     if not texts:
         return Tokens([], [])
-    given = [prompt + text for text in texts] if prompt else list(texts)
+    prompts = [prompt] * len(texts) if isinstance(prompt, str) else prompt
+    given = [before + text for before, text in zip(prompts, texts, strict=True)]
     ids = tokenizer(given, truncation=True, max_length=max_length, return_attention_mask=False, verbose=False)[
         "input_ids"
     ]
@@ -57,8 +58,8 @@ def tokenize(
             )
         ]
         ids = [row or empty for row in ids]
-    skip = prompt_length(tokenizer, prompt, max_length) if prompt and skip_prompt else 0
-    return Tokens(ids, [skip] * len(ids))
+    left_out = {p: prompt_length(tokenizer, p, max_length) if p and skip_prompt else 0 for p in set(prompts)}
+    return Tokens(ids, [left_out[before] for before in prompts])
 
 
 def prompt_length(tokenizer: Any, prompt: str, max_length: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -67,9 +67,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
     """Every leaf key of the settings with its type, default and help; what the reference page is made from."""
     for name, field in model.model_fields.items():
-        inner = _group(field.annotation)
+        inner = group_of(field.annotation)
         if inner is not None:
-            yield from fields(inner, f"{prefix}{name}.")
+            yield from fields(inner, f"{prefix}{inner_name(name, field.annotation)}.")
         else:
             kind = getattr(field.annotation, "__name__", None) if not get_args(field.annotation) else None
             yield (
@@ -80,11 +80,17 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str,
             )
 
 
-def _group(annotation: Any) -> type[BaseModel] | None:
+def group_of(annotation: Any) -> type[BaseModel] | None:
+    """The group of settings behind a key: one, or several by name."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
     return None
+
+
+def inner_name(name: str, annotation: Any) -> str:
+    """What a group's keys begin with: of several groups by name, `NAME` stands for each."""
+    return f"{name}.NAME" if get_origin(annotation) is dict else name
 
 
 def _read(path: Path) -> Any:
@@ -125,7 +131,7 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
 
 def _groups(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
-        inner = _group(field.annotation)
+        inner = group_of(field.annotation)
         if inner is not None:
             yield f"{prefix}{name}"
             yield from _groups(inner, f"{prefix}{name}.")

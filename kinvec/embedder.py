@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,8 @@ class Embedder(nn.Module):
                 vectors = module(vectors)
         return vectors
 
-    def tokenize(self, texts: Sequence[str], prompt: str = "") -> Tokens:
-        """Token ids of the texts behind `prompt`, cut at the model's maximum length.
+    def tokenize(self, texts: Sequence[str], prompt: str | Sequence[str] = "") -> Tokens:
+        """Token ids of the texts behind `prompt`, or each behind its own, cut at the model's maximum length.
 
         Raises `KinvecError` where a text lost the end-of-sequence token that the model's vector is read from.
         """
@@ -224,6 +225,13 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
         _lower_case(tokenizer)
     head = [head_module(folder, module) for module in (modules or [])[2:]]
     return Embedder(backbone, tokenizer, [module for module in head if module is not None], settings)
+
+
+def with_prompts(embedder: Embedder, prompts: Mapping[str, str]) -> Embedder:
+    """The same model with some prompts changed; the weights are shared."""
+    changed = copy(embedder)
+    changed.prompts = embedder.prompts | dict(prompts)
+    return changed
 
 
 def _has_modules(folder: Path) -> bool:

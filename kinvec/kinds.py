@@ -213,3 +213,9 @@ TEXTS = Kind(
 )
 
 KINDS: dict[str, Kind] = {"retrieval": RETRIEVAL, "labelled": LABELLED, "pairs": PAIRS, "texts": TEXTS}
+
+NEEDS = {
+    "retrieval": "queries with positive documents", "labelled": "texts with labels",
+    "pairs": "pairs of texts with scores", "texts": "plain texts",
+}  # fmt: skip
+FITTING = {"retrieval": "contrastive", "labelled": "triplet", "pairs": "cosent", "texts": "simcse"}

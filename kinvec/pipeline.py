@@ -9,55 +9,29 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 
 from kinvec import tasks
 from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precision, set_threads
 from kinvec.card import write_card
 from kinvec.config import differences, dump
 from kinvec.console import say
-from kinvec.contracts import KinvecError, Problem
-from kinvec.embedder import Embedder, add_language_head, configure, open_folder
-from kinvec.files import (
-    Table,
-    content_fingerprint,
-    open_data,
-    replace_folder,
-    write_json,
-    write_text,
-)
+from kinvec.contracts import KinvecError
+from kinvec.embedder import Embedder, add_language_head, configure, open_folder, with_prompts
+from kinvec.files import content_fingerprint, replace_folder, write_json, write_text
 from kinvec.folder import save_adapter
-from kinvec.kinds import CLASSIFIER_TEXTS, DEV_CLASSIFIER_TEXTS, KINDS, Kind
-from kinvec.objectives import Objective, make_objective
 from kinvec.pooling import Normalize
 from kinvec.recipe import Recipe
-from kinvec.sampling import hold_out
+from kinvec.run_data import RunData, describe, mixture, open_run_data
 from kinvec.trainer import fit
 
 RUN_FILE = "run.json"  # its presence says that a folder is a run of ours
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What a run trains on, chooses by, and is judged by. `examples` are the table's rows that are trained on."""
-
-    table: Table
-    examples: Int[np.ndarray, " E"]
-    dev: Problem | None
-    test: Problem | None
-    warnings: list[str]
-
-    @property
-    def kind(self) -> Kind:
-        """What is done with data of this kind."""
-        return KINDS[self.table.kind]
 
 
 def run(recipe: Recipe, force: bool = False) -> dict[str, Any]:
@@ -67,7 +41,6 @@ def run(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     folder is made.
     """
     set_threads(recipe.threads)
-    objective = make_objective(recipe.objective)
     data = open_run_data(recipe)
     embedder = open_model(recipe)
     folder = claim_folder(recipe, data, embedder, force)
@@ -78,7 +51,7 @@ def run(recipe: Recipe, force: bool = False) -> dict[str, Any]:
         say(f"warning: {warning}")
     if recipe.evaluate:
         evaluate_into(folder / "results" / "base", embedder, data)
-    trained = _train(recipe, folder, embedder, objective, data)
+    trained = _train(recipe, folder, embedder, data)
     embedder.name = str(folder / "model")
     if recipe.evaluate:
         evaluate_into(folder / "results" / "tuned", embedder, data)
@@ -86,79 +59,6 @@ def run(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     if recipe.push_to_hub:
         push(folder / "model", recipe.push_to_hub)
     return summary
-
-
-def open_run_data(recipe: Recipe) -> RunData:
-    """Open all data of the run; nothing of a model is loaded before this has succeeded."""
-    settings = recipe.data
-    table = open_data(
-        settings.train, split=settings.split, kind=settings.kind, columns=settings.columns, skip_bad=settings.skip_bad
-    )
-    objective = make_objective(recipe.objective)
-    if table.kind != objective.kind:
-        fitting = f"; for these data set objective.name={FITTING[table.kind]}" if table.kind in FITTING else ""
-        raise KinvecError(
-            f"{settings.train}: holds {table.kind}; {objective.name} training needs {NEEDS[objective.kind]}{fitting}"
-        )
-    kind = KINDS[table.kind]
-    warnings = list(table.warnings)
-    if table.dropped:
-        warnings.append(f"{table.dropped:,} bad rows were dropped (data.skip_bad)")
-    examples = kind.rows(table, settings)
-    test = _named(recipe, kind, "test")
-    if test is None and kind.held and recipe.evaluate and settings.holdout:
-        examples, held = _hold_out(table, examples, settings.holdout, "test")
-        test = kind.held(table, held, settings, "test")
-    dev = _named(recipe, kind, "dev")
-    if dev is None and kind.held and settings.holdout and recipe.evaluate and recipe.trainer.eval_every != 0:
-        examples, held = _hold_out(table, examples, settings.holdout, "dev")
-        dev = kind.held(table, held, settings, "dev")
-    if not len(examples):
-        raise KinvecError(f"{settings.train}: no query is left to train on; lower data.holdout or give more data")
-    if test is not None:
-        shared = _shared_queries(table, examples, kind, test)
-        if shared:
-            warnings.append(
-                f"{shared} training queries are also test queries: the gain will look too good (see kinvec check)"
-            )
-        test = kind.complete(test, table, examples, CLASSIFIER_TEXTS)
-    if dev is not None:
-        dev = kind.complete(dev, table, examples, DEV_CLASSIFIER_TEXTS)
-    return RunData(table, examples, dev, test, warnings)
-
-
-NEEDS = {
-    "retrieval": "queries with positive documents", "labelled": "texts with labels",
-    "pairs": "pairs of texts with scores", "texts": "plain texts",
-}  # fmt: skip
-FITTING = {"retrieval": "contrastive", "labelled": "triplet", "pairs": "cosent", "texts": "simcse"}
-
-
-def _named(recipe: Recipe, kind: Kind, name: str) -> Problem | None:
-    """The evaluation data named in the recipe, else the split of that name beside the training split."""
-    settings = recipe.data
-    test = name == "test"
-    place, split = (settings.test, settings.test_split) if test else (settings.dev, "dev")
-    wanted = recipe.evaluate and (test or recipe.trainer.eval_every != 0)
-    if place is not None and (recipe.evaluate or not test):
-        return kind.named(place, split, settings)
-    return kind.named(settings.train, split, settings) if wanted and kind.beside(settings.train, split) else None
-
-
-def _hold_out(table: Table, examples: np.ndarray, share: float, name: str) -> tuple[np.ndarray, np.ndarray]:
-    kept, held = hold_out(table, share, name, KINDS[table.kind].column)
-    return np.intersect1d(examples, kept), np.intersect1d(examples, held)
-
-
-def _shared_queries(table: Table, examples: np.ndarray, kind: Kind, test: Problem) -> int:
-    known = {" ".join(text.split()).lower() for text in kind.asked(test)}
-    chosen = set(examples.tolist())
-    shared = row = 0
-    for batch in table.batches([kind.column]):
-        for query in batch.column(0).to_pylist():
-            shared += row in chosen and " ".join(query.split()).lower() in known
-            row += 1
-    return shared
 
 
 def open_model(recipe: Recipe) -> Embedder:
@@ -185,11 +85,8 @@ def claim_folder(recipe: Recipe, data: RunData, embedder: Embedder, force: bool)
     identity: dict[str, Any] = {
         "format": 1,
         "settings": _identity(recipe),
-        "inputs": {"model": embedder.fingerprint, "train": data.table.fingerprint}
-        | {name: part.fingerprint for name, part in (("dev", data.dev), ("test", data.test)) if part is not None},
+        "inputs": {"model": embedder.fingerprint} | _inputs(data),
     }
-    if ":" in recipe.objective.name:
-        identity["inputs"]["objective"] = content_fingerprint(recipe.objective.name.rpartition(":")[0])
     if folder.exists() and any(folder.iterdir()):
         if not (folder / RUN_FILE).is_file():
             raise KinvecError(f"{folder}: the folder is not empty and not a run of kinvec; choose another out=")
@@ -210,13 +107,26 @@ def claim_folder(recipe: Recipe, data: RunData, embedder: Embedder, force: bool)
         raise
 
 
+def _inputs(data: RunData) -> dict[str, str]:
+    """Hashes of what the data sets hold, and of objectives that are files of the user."""
+    found: dict[str, str] = {}
+    for one in data.sets:
+        own = {"train": one.table.fingerprint}
+        own |= {name: part.fingerprint for name, part in (("dev", one.dev), ("test", one.test)) if part is not None}
+        if ":" in one.settings.objective.name:
+            own["objective"] = content_fingerprint(one.settings.objective.name.rpartition(":")[0])
+        found |= {f"{one.name}.{key}" if one.name else key: value for key, value in own.items()}
+    return found
+
+
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide the result; where things lie and are sent to does not."""
     settings = recipe.model_dump(mode="json")
     for key in ("out", "model", "push_to_hub", "device", "threads"):
         settings.pop(key)
-    for key in ("train", "dev", "test"):
-        settings["data"].pop(key)
+    for one in (settings["data"], *settings["data"]["sets"].values()):
+        for key in ("train", "dev", "test"):
+            one.pop(key)
     for key in ("trackers", "memory_budget", "keep"):
         settings["trainer"].pop(key)
     return settings
@@ -267,25 +177,12 @@ def environment(embedder: Embedder) -> dict[str, Any]:
     }
 
 
-def describe_data(data: RunData, embedder: Embedder, sample: int = 2000) -> dict[str, Any]:
+def describe_data(data: RunData, embedder: Embedder) -> dict[str, Any]:
     """Counts, token lengths over a sample of rows, share of truncated texts, warnings."""
-    rows = data.examples[:: max(1, len(data.examples) // sample)]
-    texts: dict[str, list[str]] = {}
-    for row in rows.tolist():
-        for side, text in data.kind.texts(data.table, row):
-            texts.setdefault(side, []).append(text)
-    lengths = {side: [len(ids) for ids in _untruncated(embedder, found)] for side, found in texts.items()}
-    counts = {"examples": len(data.examples), "dropped": data.table.dropped}
-    for name, part in (("dev", data.dev), ("test", data.test)):
-        if part is not None:
-            counts |= {f"{name}_{what}": count for what, count in data.kind.sizes(part).items()}
-    return {
-        "source": data.table.source,
-        "counts": counts,
-        "max_length": embedder.max_length,
-        "tokens": {side: _length_summary(values, embedder.max_length) for side, values in lengths.items()},
-        "warnings": data.warnings,
-    }
+    told = describe(data)
+    lengths = {side: [len(ids) for ids in _untruncated(embedder, found)] for side, found in told.pop("texts").items()}
+    tokens = {side: _length_summary(values, embedder.max_length) for side, values in lengths.items()}
+    return told | {"max_length": embedder.max_length, "tokens": tokens}
 
 
 def _untruncated(embedder: Embedder, texts: list[str]) -> list[list[int]]:
@@ -303,18 +200,31 @@ def _length_summary(values: list[int], limit: int) -> dict[str, Any]:
 
 
 def evaluate_into(folder: Path, embedder: Embedder, data: RunData) -> None:
-    """Evaluate on the test data, unless the result is there already."""
-    if data.test is None:
-        return
-    place = folder / (data.test.name or data.table.kind)
-    if (place / "results.json").is_file():
-        return
-    sizes = ", ".join(f"{count:,} {what}" for what, count in data.kind.sizes(data.test).items())
-    say(f"evaluating {folder.name} on {sizes}")
-    tasks.save_result(tasks.measure(data.test, embedder), place)
+    """Evaluate on the test data of every data set, unless the result is there already."""
+    for one in data.sets:
+        if one.test is None:
+            continue
+        place = folder / (one.test.name or one.table.kind)
+        if (place / "results.json").is_file():
+            continue
+        sizes = ", ".join(f"{count:,} {what}" for what, count in one.kind.sizes(one.test).items())
+        say(f"evaluating {folder.name} on {sizes}")
+        tasks.save_result(tasks.measure(one.test, with_prompts(embedder, one.settings.prompts)), place)
 
 
-def _train(recipe: Recipe, folder: Path, embedder: Embedder, objective: Objective, data: RunData) -> dict[str, Any]:
+def develop(data: RunData, embedder: Embedder) -> dict[str, float]:
+    """Dev metrics, the first of which chooses the checkpoint: of several data sets, the mean of their main metrics."""
+    found = {
+        one.name: one.kind.develop(one.dev, with_prompts(embedder, one.settings.prompts))
+        for one in data.sets if one.dev is not None
+    }  # fmt: skip
+    if len(data.sets) == 1:
+        return found[""]
+    mean = sum(next(iter(metrics.values())) for metrics in found.values()) / len(found)
+    return {"mean": mean} | {f"{name} {key}": value for name, own in found.items() for key, value in own.items()}
+
+
+def _train(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData) -> dict[str, Any]:
     """Train, unless the tuned model is there already; `embedder` then holds it."""
     done = folder / "training.json"
     if done.is_file():
@@ -323,20 +233,13 @@ def _train(recipe: Recipe, folder: Path, embedder: Embedder, objective: Objectiv
         embedder.lineage = tuned.lineage
         return json.loads(done.read_text("utf-8"))
     torch.manual_seed(recipe.seed)  # adapters draw their start from it
-    if objective.ask:
+    if any(one.objective.ask for one in data.sets):
         add_language_head(embedder).requires_grad_(not recipe.lora.rank)
     if recipe.lora.rank:
         add_lora(embedder.backbone, recipe.lora)
-    source = data.kind.source(data.table, data.examples, recipe.data, recipe.seed)
-    dev = data.dev
-
-    def evaluate(model: Embedder) -> dict[str, float]:
-        assert dev is not None
-        return data.kind.develop(dev, model)
-
-    trained = fit(
-        embedder, objective, source, recipe.trainer, folder, evaluate if dev is not None else None, recipe.seed
-    )
+    evaluate = partial(develop, data) if any(one.dev is not None for one in data.sets) else None
+    source = mixture(recipe, data, embedder.prompts)
+    trained = fit(embedder, source, recipe.trainer, folder, evaluate, recipe.seed)
     if recipe.lora.rank:
         save_adapter(embedder, folder / "adapter", recipe.model)
     merge_lora(embedder.backbone)
@@ -349,10 +252,10 @@ def _train(recipe: Recipe, folder: Path, embedder: Embedder, objective: Objectiv
 def _lineage(recipe: Recipe, data: RunData, embedder: Embedder, trained: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "stage": len(embedder.lineage) + 1,
-        "objective": recipe.objective.name,
+        "objective": " + ".join(dict.fromkeys(one.objective.name for one in data.sets)),
         "base": recipe.model,
         "recipe": _identity(recipe),
-        "data": data.table.fingerprint,
+        "data": data.fingerprint,
         "seed": recipe.seed,
         "versions": environment(embedder)["versions"],
         "metrics": {key: trained[key] for key in ("steps", "best_step", "best_score")},
@@ -365,7 +268,7 @@ def _finish(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData, tra
 
     summary: dict[str, Any] = {"out": str(folder), "model": str(folder / "model"), "training": trained, "results": []}
     base, tuned = folder / "results" / "base", folder / "results" / "tuned"
-    if recipe.evaluate and data.test is not None:
+    if recipe.evaluate and any(one.test is not None for one in data.sets):
         for name in sorted(path.name for path in tuned.iterdir() if path.is_dir()):
             before, after = tasks.load_result(base / name), tasks.load_result(tuned / name)
             comparison = tasks.compare(before, after)

@@ -6,16 +6,39 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from kinvec.backbone import LoraSettings
 from kinvec.config import Settings, load, read_mapping
 from kinvec.contracts import RecipeError
+from kinvec.mixing import MixtureSettings, SetSettings
 from kinvec.objectives import ObjectiveSettings
 from kinvec.sampling import DataSettings
 from kinvec.trainer import TrainerSettings
+
+
+def spread(data: Any) -> Any:
+    """A list under `data` as the mapping that it stands for: every data set under its `name`, or that of its file.
+
+    Raises `RecipeError` for an entry that is no mapping, and for two of one name.
+    """
+    if isinstance(data, Mapping) and isinstance(data.get("sets"), list):
+        return {**data, **spread(data["sets"])}
+    if not isinstance(data, list):
+        return data
+    sets: dict[str, Any] = {}
+    for entry in data:
+        if not isinstance(entry, Mapping):
+            raise RecipeError(
+                f"data: every entry of the list is a mapping, such as 'train: my.jsonl'; '{entry}' is none"
+            )
+        name = str(entry.get("name") or Path(str(entry.get("train", ""))).stem)
+        if not name or name in sets:
+            raise RecipeError(f"data: two data sets are named '{name}'; give each a name of its own")
+        sets[name] = {key: value for key, value in entry.items() if key != "name"}
+    return {"sets": sets}
 
 
 class Recipe(Settings):
@@ -47,7 +70,9 @@ class Recipe(Settings):
     """End every text with the end-of-sequence token; unset, where `pooling` is set to `lasttoken`."""
     pool_prompt: bool | None = None
     """Whether the prompt's tokens count in pooling; unset, as the model says."""
-    data: DataSettings = Field(default_factory=DataSettings)
+    data: Annotated[
+        MixtureSettings, BeforeValidator(spread, json_schema_input_type=MixtureSettings | list[SetSettings])
+    ] = Field(default_factory=MixtureSettings)
     """The data."""
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
     """The objective."""
@@ -55,6 +80,26 @@ class Recipe(Settings):
     """The loop."""
     lora: LoraSettings = Field(default_factory=LoraSettings)
     """Adapters."""
+
+    @model_validator(mode="after")
+    def _inherit(self) -> Recipe:
+        """What a data set leaves unset is as for all of them; where it lies and what judges it are its own."""
+        shared = set(DataSettings.model_fields) - {"train", "dev", "test"}
+        self.data.sets = {name: self._filled(entry, shared) for name, entry in self.data.sets.items()}
+        return self
+
+    def _filled(self, entry: SetSettings, shared: set[str]) -> SetSettings:
+        given = entry.objective.model_dump(exclude_unset=True)
+        whole: dict[str, Any] = {key: getattr(self.data, key) for key in shared - entry.model_fields_set}
+        whole["objective"] = ObjectiveSettings(**self.objective.model_dump() | given)
+        whole["prompts"] = self.prompts | entry.prompts
+        return entry.model_copy(update=whole)
+
+    @property
+    def sets(self) -> dict[str, SetSettings]:
+        """The data sets by name; a single one has none."""
+        alone = SetSettings(**{key: getattr(self.data, key) for key in DataSettings.model_fields})
+        return self.data.sets or {"": self._filled(alone, set())}
 
 
 def shipped() -> dict[str, Path]:
@@ -105,15 +150,40 @@ def load_stages(name: str | Path | None, overrides: Sequence[str] = ()) -> list[
 
 
 def _complete(layers: Sequence[Path | Mapping[str, Any]], overrides: Sequence[str]) -> Recipe:
-    recipe = load(Recipe, *layers, overrides=overrides)
+    recipe = load(Recipe, *map(_with_data_sets, layers), overrides=overrides)
+    if recipe.data.sets:
+        _check_sets(recipe)
     for key, value, example in (
         ("model", recipe.model, "model=sentence-transformers/all-MiniLM-L6-v2"),
-        ("data.train", recipe.data.train, "data.train=my_pairs.jsonl"),
+        ("data.train", recipe.data.train or recipe.data.sets, "data.train=my_pairs.jsonl"),
         ("out", recipe.out, "out=runs/mine"),
     ):
         if not value:
             raise RecipeError(f"'{key}' is not set; add for example {example}")
     return recipe
+
+
+def _with_data_sets(layer: Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The layer with a list of data sets spread out, so that later layers and overrides reach into it."""
+    mapping = read_mapping(layer) if isinstance(layer, Path) else layer
+    return {**mapping, "data": spread(mapping["data"])} if mapping.get("data") else mapping
+
+
+def _check_sets(recipe: Recipe) -> None:
+    """Raises `RecipeError` where several data sets do not go together."""
+    for key in ("train", "dev", "test"):
+        if value := getattr(recipe.data, key):
+            raise RecipeError(
+                f"data.{key} is '{value}', and there are several data sets; name it in one, as data.sets.NAME.{key}"
+            )
+    for name, entry in recipe.data.sets.items():
+        if not entry.train:
+            raise RecipeError(f"data.sets.{name}.train is not set")
+        if recipe.data.batches == "mixed" and entry.objective != next(iter(recipe.data.sets.values())).objective:
+            raise RecipeError(
+                f"data.sets.{name}.objective differs from another's; a mixed batch has one loss: "
+                "use data.batches=homogeneous"
+            )
 
 
 def _find(name: str) -> Path:

@@ -32,9 +32,8 @@ from kinvec.console import progress, say
 from kinvec.contracts import KinvecError, RecipeError
 from kinvec.embedder import Embedder
 from kinvec.gradcache import backward
-from kinvec.objectives import Objective
+from kinvec.mixing import Mixture, Step
 from kinvec.planner import CHUNK_TOKENS, chunks_to_keep, memory_budget, parse_bytes, saved_bytes_per_token
-from kinvec.sampling import Batch, Source
 from kinvec.tracking import open_trackers
 
 SMALLEST_CHUNK = 64  # tokens; out of memory below it, halving will not help
@@ -107,8 +106,8 @@ Evaluate = Callable[[Embedder], dict[str, float]]
 
 
 def fit(
-    embedder: Embedder, objective: Objective, source: Source, settings: TrainerSettings, run: Path,
-    evaluate: Evaluate | None = None, seed: int = 0,
+    embedder: Embedder, source: Mixture, settings: TrainerSettings, run: Path, evaluate: Evaluate | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the embedder in place; on return it holds the best weights by dev, else the last.
 
@@ -120,21 +119,26 @@ def fit(
     total = settings.max_steps or math.ceil(settings.epochs * steps_per_epoch)
     every = steps_per_epoch if settings.eval_every is None else settings.eval_every
     _prepare(embedder, settings)
-    if objective.noisy and not has_dropout(embedder):
+    noisy = [part.objective.name for part in source.sets if part.objective.noisy]
+    if noisy and not has_dropout(embedder):
         raise RecipeError(
-            f"{objective.name} needs dropout: it makes two embeddings of a text differ; set trainer.dropout=0.1"
+            f"{noisy[0]} needs dropout: it makes two embeddings of a text differ; set trainer.dropout=0.1"
         )
     optimizer = make_optimizer(embedder, settings)
     state = _resume(run, embedder, optimizer, settings)
     keep_log(run / "log.jsonl", state.step)
-    plan = _plan(embedder, objective, source, settings, state)
+    plan = _plan(embedder, source, settings, state)
+    shares = source.plan(settings.batch_size, total) if len(source.sets) > 1 else {}
+    for name, told in shares.items():
+        say(f"{name}: {told['rows']:,} rows, {told['share']:.0%} of the training, {told['passes']:g} passes")
     trackers, held = open_trackers(list(settings.trackers), run), 0.0
     with _stopping() as stopped, progress("training", total, state.step) as bar, open(run / "log.jsonl", "a") as log:
         while state.step < total and not (settings.early_stop and state.stale >= settings.early_stop):
             begun = time.perf_counter()
-            batch = source.batch(state.step, settings.batch_size)
+            asked = source.step(state.step, settings.batch_size)
             rate = learning_rate(state.step, total, settings)
-            row = _step(embedder, objective, batch, optimizer, rate, settings, state, plan)
+            row = _step(embedder, asked, optimizer, rate, settings, state, plan)
+            row |= _of_sets(asked, row["loss"])
             state.step += 1
             state.seconds += (seconds := time.perf_counter() - begun)
             row |= {"step": state.step, "epoch": state.step / steps_per_epoch, "tokens_per_s": row["tokens"] / seconds}
@@ -158,7 +162,7 @@ def fit(
     return {
         "steps": state.step, "seconds": round(state.seconds, 2), "best_step": state.best_step or state.step,
         "best_score": state.best_score if state.best_step else None, "chunk_tokens": state.chunk_tokens,
-        "halvings": state.halvings, "bytes_per_token": round(plan[0]),
+        "halvings": state.halvings, "bytes_per_token": round(plan[0]), **({"sets": shares} if shares else {}),
     }  # fmt: skip
 
 
@@ -200,8 +204,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def _step(
-    embedder: Embedder, objective: Objective, batch: Batch, optimizer: torch.optim.Optimizer, rate: float,
-    settings: TrainerSettings, state: Progress, plan: tuple[float, int],
+    embedder: Embedder, asked: Step, optimizer: torch.optim.Optimizer, rate: float, settings: TrainerSettings,
+    state: Progress, plan: tuple[float, int],
 ) -> dict[str, Any]:  # fmt: skip
     """One optimiser step; out of memory, the chunks are halved and the step begins again with the same random state."""
     for group in optimizer.param_groups:
@@ -212,7 +216,7 @@ def _step(
         try:
             # Whichever graphs are kept, the bits are the same: the budget may follow the halvings.
             budget = plan[1] >> len(state.halvings)
-            loss, lengths, measures = _gradients(embedder, objective, batch, state.chunk_tokens, (plan[0], budget))
+            loss, lengths, measures = _gradients(embedder, asked, state.chunk_tokens, (plan[0], budget))
             break
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
@@ -229,7 +233,7 @@ def _step(
     weights = [parameter for _, parameter in trainable(embedder)]
     norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.clip or math.inf))
     if not math.isfinite(loss) or not math.isfinite(norm):
-        ids = ", ".join(batch.ids[:8])
+        ids = ", ".join(asked.batch.ids[:8])
         raise KinvecError(
             f"the loss is {loss} and its gradient's norm {norm} at step {state.step + 1} (queries {ids}, …); "
             "lower trainer.lr or raise objective.temperature"
@@ -238,23 +242,25 @@ def _step(
     tokens = int(lengths.sum())
     padded = float(lengths.max()) * len(lengths)
     return {
-        "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "pairs": len(batch.ids),
+        "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "pairs": len(asked.batch.ids),
         "padding_share": 0.0 if embedder.backbone.packs else round(1 - tokens / padded, 4),
         **measures,
     }  # fmt: skip
 
 
 def _gradients(
-    embedder: Embedder, objective: Objective, batch: Batch, chunk_tokens: int, plan: tuple[float, int]
+    embedder: Embedder, asked: Step, chunk_tokens: int, plan: tuple[float, int]
 ) -> tuple[float, np.ndarray, dict[str, float]]:
     """The loss, with its gradients left on the parameters; the texts' lengths; what the objective measures."""
-    chunks, lengths = step_chunks(embedder, objective, batch, chunk_tokens)
+    objective, batch = asked.objective, asked.batch
+    chunks, lengths = step_chunks(embedder, asked, chunk_tokens)
     if objective.ask is not None:
-        asked = [objective.ask(embedder.tokenizer, chunk) for chunk in chunks]
-        value, right = masking.backward(_mixed(embedder, embedder.backbone), _mixed(embedder, embedder.language), asked)
+        clozes = [objective.ask(embedder.tokenizer, chunk) for chunk in chunks]
+        of_tokens = _mixed(embedder, embedder.backbone), _mixed(embedder, embedder.language)
+        value, right = masking.backward(*of_tokens, clozes)
         return value, lengths, {"accuracy": right}
     keep = chunks_to_keep([sum(chunk.lengths) for chunk in chunks], *plan)
-    count = len(objective.texts(batch)[0])
+    count = len(asked.queries)
     measures: dict[str, float] = {}
 
     def loss(vectors: Tensor) -> Tensor:
@@ -266,13 +272,10 @@ def _gradients(
     return backward(_embed(embedder), chunks, loss, keep), lengths, measures
 
 
-def step_chunks(
-    embedder: Embedder, objective: Objective, batch: Batch, chunk_tokens: int
-) -> tuple[list[Pack], np.ndarray]:
+def step_chunks(embedder: Embedder, asked: Step, chunk_tokens: int) -> tuple[list[Pack], np.ndarray]:
     """All texts of a step, queries first, as packs of at most `chunk_tokens` tokens; and the texts' lengths."""
-    queries, documents = objective.texts(batch)
-    tokens = embedder.tokenize(queries, embedder.prompts.get("query", ""))
-    tokens = tokens + embedder.tokenize(documents, embedder.prompts.get("document", ""))
+    tokens = embedder.tokenize(asked.queries, asked.query_prompts)
+    tokens = tokens + embedder.tokenize(asked.documents, asked.document_prompts)
     return [pack(tokens, rows).to(embedder.device) for rows in cut(tokens.lengths, chunk_tokens)], tokens.lengths
 
 
@@ -292,15 +295,20 @@ def _mixed(embedder: Embedder, module: Callable[[Any], Tensor] | None) -> Callab
     return call
 
 
+def _of_sets(asked: Step, loss: float) -> dict[str, Any]:
+    """Of several data sets, for the log: the rows of each in the step, and its loss where all rows are its own."""
+    if "" in asked.rows:
+        return {}
+    return {"sets": dict(asked.rows)} | ({f"loss/{name}": loss for name in asked.rows} if len(asked.rows) == 1 else {})
+
+
 def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _plan(
-    embedder: Embedder, objective: Objective, source: Source, settings: TrainerSettings, state: Progress
-) -> tuple[float, int]:
+def _plan(embedder: Embedder, source: Mixture, settings: TrainerSettings, state: Progress) -> tuple[float, int]:
     """(bytes a token, budget): what decides how many chunks keep their graphs."""
-    chunks, _ = step_chunks(embedder, objective, source.batch(0, min(settings.batch_size, 16)), 2048)
+    chunks, _ = step_chunks(embedder, source.step(0, min(settings.batch_size, max(16, len(source.sets)))), 2048)
     bytes_per_token = saved_bytes_per_token(embedder, _embed(embedder), chunks[-1])
     return bytes_per_token, memory_budget(settings.memory_budget, embedder.device)
 

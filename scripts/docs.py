@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -54,7 +54,7 @@ def recipe_page() -> str:
             f"## {title}\n\n{_paragraph(model.__doc__)}\n\n| key | type | default | what it does |\n|---|---|---|---|"
         )
         prefix = f"{group}." if group else ""
-        own = [name for name in model.model_fields if not _inner(model.model_fields[name].annotation)]
+        own = [name for name in _own(model, prefix) if not config.group_of(model.model_fields[name].annotation)]
         rows = {key: row for key, *row in config.fields(model)}
         parts.extend(_row(f"{prefix}{name}", *rows[name]) for name in own)
         parts.append("")
@@ -83,14 +83,17 @@ def _paragraph(text: str | None) -> str:
 def _groups(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     yield prefix, model
     for name, field in model.model_fields.items():
-        inner = _inner(field.annotation)
-        if inner is not None:
-            yield from _groups(inner, f"{prefix}.{name}" if prefix else name)
+        inner = config.group_of(field.annotation)
+        if inner is not None and not prefix.endswith(REPEATED):
+            key = config.inner_name(name, field.annotation)
+            yield from _groups(inner, f"{prefix}.{key}" if prefix else key)
 
 
-def _inner(annotation: Any) -> type[BaseModel] | None:
-    kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
-    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+REPEATED = ".NAME"  # a group that stands there once for each name: only keys of its own are shown
+
+
+def _own(model: type[BaseModel], prefix: str) -> Iterable[str]:
+    return model.__annotations__ if prefix.endswith(f"{REPEATED}.") else model.model_fields
 
 
 def _shipped() -> list[Path]:

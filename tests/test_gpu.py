@@ -12,6 +12,7 @@ from test_trainer import contrastive, log_of, source_of
 
 from kinvec import Embedder
 from kinvec.embedder import open_folder
+from kinvec.mixing import alone
 from kinvec.trainer import TrainerSettings, fit
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -37,6 +38,6 @@ def test_training_follows_the_processor(
         embedder = open_folder(tiny_folder).to(device)
         embedder.precision = precision if device == "cuda" else "fp32"
         settings = TrainerSettings(batch_size=8, lr=1e-3, max_steps=6, dropout=0.0)
-        fit(embedder, contrastive(), source_of(tiny_pairs), settings, run, seed=1)
+        fit(embedder, alone(source_of(tiny_pairs), contrastive()), settings, run, seed=1)
         losses[device] = [row["loss"] for row in log_of(run)]
     np.testing.assert_allclose(losses["cuda"], losses["cpu"], atol=off)

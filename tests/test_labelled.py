@@ -24,6 +24,7 @@ from kinvec.contracts import KinvecError, LabelledData, RecipeError, Result
 from kinvec.embedder import open_folder
 from kinvec.files import open_data, open_problem
 from kinvec.gradcache import backward
+from kinvec.mixing import alone
 from kinvec.objectives import ObjectiveSettings, make_objective
 from kinvec.pipeline import open_run_data, run
 from kinvec.recipe import load_recipe
@@ -92,7 +93,7 @@ def test_a_labels_texts_all_come_before_one_comes_again(tmp_path: Path) -> None:
 def test_labels_that_cannot_be_trained_on_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = labelled_source(write_labelled(tmp_path / "one.jsonl", [4, 1, 4]))
     assert "labels with a single text are not trained on: L1" in capsys.readouterr().err
-    assert source.size == 8
+    assert len(source) == 8
     with pytest.raises(RecipeError, match=r"trainer\.batch_size: 3"):
         source.batch(0, 3)
     with pytest.raises(KinvecError, match="two labels with at least two texts"):
@@ -131,13 +132,13 @@ def test_a_step_in_chunks_is_the_step_in_one_piece(
 ) -> None:
     """Loss and gradients, whether chunks of 16 tokens are recomputed or one holds everything."""
     embedder, chosen = open_folder(tiny_folder), make_objective(ObjectiveSettings(**objective))
-    batch = labelled_source(write_labelled(tmp_path / "rows.jsonl", [9, 9, 9])).batch(0, 12)
+    asked = alone(labelled_source(write_labelled(tmp_path / "rows.jsonl", [9, 9, 9])), chosen).step(0, 12)
     found = {}
     for tokens in (4096, 16):
         embedder.zero_grad()
-        chunks, _ = step_chunks(embedder, chosen, batch, tokens)
+        chunks, _ = step_chunks(embedder, asked, tokens)
         value = backward(
-            embedder, chunks, lambda vectors: chosen.loss(vectors, vectors[:0], batch), keep=tokens // 4096
+            embedder, chunks, lambda vectors: chosen.loss(vectors, vectors[:0], asked.batch), keep=tokens // 4096
         )
         found[tokens] = value, {name: p.grad for name, p in embedder.named_parameters() if p.grad is not None}
         assert (len(chunks) > 1) == (tokens == 16)
@@ -206,7 +207,7 @@ def test_a_run_on_scored_pairs_learns_their_order(tmp_path: Path, tiny_folder: P
 
 def test_what_does_not_fit_is_said_before_a_model_is_loaded(tmp_path: Path, sentences: Path, tiny_pairs: Path) -> None:
     def opening(*overrides: str) -> Any:
-        return open_run_data(load_recipe(None, ["model=none", f"out={tmp_path / 'run'}", *overrides]))
+        return open_run_data(load_recipe(None, ["model=none", f"out={tmp_path / 'run'}", *overrides])).sets[0]
 
     labels = f"data.train={sentences}"
     with pytest.raises(KinvecError, match=r"holds labelled; contrastive .* set objective\.name=triplet"):
@@ -235,7 +236,7 @@ def test_a_folder_with_a_test_file_is_tested_on_it(tmp_path: Path, sentences: Pa
     (folder / "test.csv").write_text("text,label\nhail and fog,weather\na new coin,money\n")
     data = open_run_data(load_recipe(None, [
         "model=none", f"out={tmp_path / 'run'}", f"data.train={folder}", "objective.name=triplet",
-    ]))  # fmt: skip
+    ])).sets[0]  # fmt: skip
     assert isinstance(data.test, LabelledData) and data.test.texts == ["hail and fog", "a new coin"]
     problem = open_problem(folder)
     assert isinstance(problem, LabelledData) and list(problem.texts) == data.test.texts

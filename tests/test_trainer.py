@@ -37,6 +37,7 @@ from kinvec.backbone import find_model
 from kinvec.contracts import KinvecError
 from kinvec.embedder import open_folder
 from kinvec.files import open_data
+from kinvec.mixing import alone
 from kinvec.objectives import Objective, ObjectiveSettings, make_objective
 from kinvec.sampling import DataSettings, PairSource, pair_source
 from kinvec.trainer import TrainerSettings, fit, learning_rate
@@ -132,7 +133,7 @@ def test_our_loss_follows_sentence_transformers_for_thirty_steps(tmp_path: Path)
     settings = TrainerSettings(
         batch_size=size, max_steps=steps, lr=rate, warmup=warmup, dropout=0.0, weight_decay=0.01, clip=1.0
     )
-    fit(open_folder(MINILM, length), contrastive(temperature=0.05), source, settings, tmp_path)
+    fit(open_folder(MINILM, length), alone(source, contrastive(temperature=0.05)), settings, tmp_path)
     ours = [row["loss"] for row in log_of(tmp_path)]
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-3
     assert min(theirs) < 0.6 * theirs[0]  # something was learnt on the way
@@ -170,7 +171,7 @@ def run_fit(
     folder.mkdir(exist_ok=True)
     embedder = open_folder(model)
     chosen = TrainerSettings(**(FAST | {"max_steps": 6} | settings))
-    found = fit(embedder, objective or contrastive(), source_of(pairs), chosen, folder, evaluate, seed=1)
+    found = fit(embedder, alone(source_of(pairs), objective or contrastive()), chosen, folder, evaluate, seed=1)
     return embedder, found
 
 
@@ -208,7 +209,7 @@ def test_bf16_autocast_trains_close_to_float32(tmp_path: Path, tiny_folder: Path
         embedder.precision = precision
         settings = TrainerSettings(**(FAST | {"max_steps": 3, "dropout": 0.0, "batch_size": 4}))
         (tmp_path / precision).mkdir()
-        fit(embedder, contrastive(), source_of(tiny_pairs), settings, tmp_path / precision, seed=1)
+        fit(embedder, alone(source_of(tiny_pairs), contrastive()), settings, tmp_path / precision, seed=1)
         losses[precision] = [row["loss"] for row in log_of(tmp_path / precision)]
         assert next(embedder.parameters()).dtype == torch.float32
     assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.05) and losses["bf16"] != losses["fp32"]

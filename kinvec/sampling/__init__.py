@@ -22,6 +22,7 @@ from kinvec.sampling.retrieval import (
     as_retrieval,
     build_batch,
     id_keys,
+    join,
     pair_source,
 )
 from kinvec.sampling.scored import ScoredBatch, ScoredSource, scored_source
@@ -44,7 +45,9 @@ class Batch(Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """What training draws its batches from; `batch` counts steps from 0."""
+    """What training draws its batches from, with the number of its rows; `batch` counts steps from 0."""
+
+    def __len__(self) -> int: ...
 
     def steps_per_epoch(self, batch_size: int) -> int: ...
 
@@ -53,6 +56,6 @@ class Source(Protocol):
 
 __all__ = [
     "Batch", "DataSettings", "KnownPositives", "LabelBatch", "LabelSource", "PairBatch", "PairSource", "ScoredBatch",
-    "ScoredSource", "Source", "as_retrieval", "build_batch", "hold_out", "id_keys", "label_source", "pair_source",
-    "TextBatch", "TextSource", "scored_source", "text_source",
+    "ScoredSource", "Source", "as_retrieval", "build_batch", "hold_out", "id_keys", "join", "label_source",
+    "pair_source", "TextBatch", "TextSource", "scored_source", "text_source",
 ]  # fmt: skip

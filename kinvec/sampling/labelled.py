@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -44,9 +43,7 @@ class LabelSource:
     seed: int
     _drawn: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def size(self) -> int:
-        """Texts to draw from."""
+    def __len__(self) -> int:
         return sum(map(len, self.rows))
 
     def shape(self, batch_size: int) -> tuple[int, int]:
@@ -58,7 +55,7 @@ class LabelSource:
 
     def steps_per_epoch(self, batch_size: int) -> int:
         labels, texts = self.shape(batch_size)
-        return steps_of(self.size, labels * texts)
+        return steps_of(len(self), labels * texts)
 
     def batch(self, step: int, batch_size: int) -> LabelBatch:
         """The batch of step `step`, counted from 0."""

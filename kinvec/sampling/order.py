@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 from jaxtyping import Int
 
@@ -19,8 +17,11 @@ def drawn(count: int, seed: int, step: int, batch_size: int) -> Int[np.ndarray, 
     return _order(count, seed, epoch)[place * batch_size : (place + 1) * batch_size]
 
 
-@lru_cache(maxsize=2)  # a batch needs the whole order of its epoch: shuffling it again at each step costs more than it
+_orders: dict[tuple[int, int], tuple[int, Int[np.ndarray, " n"]]] = {}  # of each data set, the epoch that it is in
+
+
 def _order(count: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    order.flags.writeable = False
-    return order
+    """The epoch's order, kept: every batch needs all of it, and shuffling again would cost more than the batch."""
+    if _orders.get((count, seed), (None,))[0] != epoch:
+        _orders[count, seed] = epoch, np.random.default_rng([seed, epoch]).permutation(count)
+    return _orders[count, seed][1]

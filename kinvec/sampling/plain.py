@@ -43,8 +43,11 @@ class TextSource:
     rows: Int[np.ndarray, " E"]
     seed: int
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def steps_per_epoch(self, batch_size: int) -> int:
-        return steps_of(len(self.rows), batch_size)
+        return steps_of(len(self), batch_size)
 
     def batch(self, step: int, batch_size: int) -> TextBatch:
         """The batch of step `step`, counted from 0; the last of an epoch may be smaller."""

@@ -176,6 +176,42 @@ def build_batch(
     )
 
 
+def join(batches: Sequence[PairBatch], known: Sequence[KnownPositives]) -> PairBatch:
+    """Batches of several data sets as one: every document may be a negative of every query.
+
+    Positives come first, then hard negatives, as in each. Between data sets only texts say what is a known positive or
+    a duplicate of one; ids of one set mean nothing in another.
+    """
+    sizes = [len(batch.queries) for batch in batches]
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    hard = [(place, column) for place, batch in enumerate(batches) for column in range(sizes[place], len(batch.owner))]
+    columns = [(place, column) for place, size in enumerate(sizes) for column in range(size)] + hard
+    documents = [batches[place].documents[column] for place, column in columns]
+    queries = [query for batch in batches for query in batch.queries]
+    excluded = _same_texts(queries, documents, known)
+    for place, (batch, start) in enumerate(zip(batches, starts, strict=True)):
+        own = [number for number, (of, _) in enumerate(columns) if of == place]  # in the order of the batch itself
+        excluded[start : start + sizes[place], own] |= batch.excluded
+    targets = torch.arange(len(queries))
+    excluded[targets, targets] = False
+    return PairBatch(
+        queries, documents, targets, excluded,
+        owner=torch.tensor([starts[place] + int(batches[place].owner[column]) for place, column in columns]),
+        weights=torch.cat([batch.weights for batch in batches]),
+        scores=torch.cat([batch.scores for batch in batches]),
+        query_ids=[query for batch in batches for query in batch.query_ids],
+    )  # fmt: skip
+
+
+def _same_texts(
+    queries: Sequence[str], documents: Sequence[str], known: Sequence[KnownPositives]
+) -> Bool[Tensor, "B N"]:
+    """Where a document's text is the query's own or one of its known positives."""
+    texts = text_keys(documents)
+    rows = [np.concatenate([[key], *(one.of(int(key)) for one in known)]) for key in text_keys(queries)]
+    return torch.from_numpy(np.stack([np.isin(texts, row) for row in rows]))
+
+
 def _choose(available: int, settings: DataSettings, draw: np.random.Generator) -> Sequence[int]:
     if settings.fewer_negatives == "repeat" and 0 < available < settings.negatives_per_query:
         return [place % available for place in range(settings.negatives_per_query)]

@@ -40,8 +40,11 @@ class ScoredSource:
     high: float
     seed: int
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def steps_per_epoch(self, batch_size: int) -> int:
-        return steps_of(len(self.rows), batch_size)
+        return steps_of(len(self), batch_size)
 
     def batch(self, step: int, batch_size: int) -> ScoredBatch:
         """The batch of step `step`, counted from 0."""

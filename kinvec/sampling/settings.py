@@ -10,7 +10,7 @@ from kinvec.config import Settings
 
 
 class DataSettings(Settings):
-    """What is trained on, and how it is read."""
+    """What is trained on, and how it is read and drawn: one data set's settings."""
 
     train: str = ""
     """Training data: a BEIR folder, or a file of retrieval examples (JSON, JSONL, CSV, Parquet), SQuAD, triplets."""
@@ -44,5 +44,5 @@ class DataSettings(Settings):
     """A query with fewer: brings those it has, repeats them, is left out, or stops the run."""
     negatives: Literal["first", "random"] = "first"
     """Which of more hard negatives: the first (as mined, the hardest), or a random draw at each epoch."""
-    max_length: int | None = None
-    """Tokens at which texts are cut; unset, the model's own maximum."""
+    limit: int | None = Field(None, ge=1)
+    """Train on at most so many rows, drawn at random; unset, all."""

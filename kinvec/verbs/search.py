@@ -79,13 +79,14 @@ def open_engines(
     recipe = own.model_copy(update={key: value for key, value in given.items() if value is not None})
     set_threads(recipe.threads)
     data = open_run_data(recipe)
-    problem = data.test or data.dev
-    if problem is None:
+    problems = [problem for one in data.sets for problem in (one.test, one.dev) if problem is not None]
+    if not problems:
         raise KinvecError(f"{folder}: the run was made without evaluation data, so there is no corpus to search")
-    if not isinstance(problem, RetrievalData):
-        raise KinvecError(f"{folder}: the run learned from {data.table.kind}, so there is no corpus to search")
+    searchable = [problem for problem in problems if isinstance(problem, RetrievalData)]
+    if not searchable:
+        raise KinvecError(f"{folder}: the run learned from {data.sets[0].table.kind}, so there is no corpus to search")
     models = {"base": recipe, "tuned": recipe.model_copy(update={"model": str(folder / "model"), "prompts": {}})}
-    return {side: _engine(folder / "search", open_model(models[side]), problem, side) for side in SIDES}
+    return {side: _engine(folder / "search", open_model(models[side]), searchable[0], side) for side in SIDES}
 
 
 def _engine(folder: Path, embedder: Embedder, data: RetrievalData, side: str) -> Engine:
