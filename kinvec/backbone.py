@@ -15,10 +15,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import field_validator
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -46,6 +47,17 @@ class LoraSettings(Settings):
     """Dropout on the adapter's input."""
     targets: list[str] | str = "all-linear"
     """Names of the linear layers that carry an adapter, or `all-linear`."""
+    base: Literal["fp32", "bf16"] = "fp32"
+    """How the frozen weights lie in memory while adapters train: bf16 takes half. What is saved is not rounded."""
+
+    @field_validator("base")
+    @classmethod
+    def _is_frozen(cls, value: str, given: Any) -> str:
+        if value == "bf16" and not given.data.get("rank"):
+            raise ValueError(
+                "only a frozen model is held in bf16, and without adapters all of it is trained; set lora.rank"
+            )
+        return value
 
 
 MODEL_FILES = ("modules.json", "config.json", "adapter_config.json")
@@ -376,6 +388,21 @@ def load_lora(backbone: Backbone, adapter: Path) -> None:
             backbone.model = PeftModel.from_pretrained(backbone.model, str(adapter))
     except (RuntimeError, ValueError, KeyError) as error:
         raise KinvecError(f"{adapter}: the adapter does not fit its base: {str(error).splitlines()[0]}") from None
+
+
+def round_weights(backbone: Backbone) -> None:
+    """Freeze the model and hold in bf16 what its linear layers multiply by; adapters are left as they are.
+
+    Embeddings, norms and biases stay in float32, and so do the sums between the layers. Under autocast, which rounds
+    the same weights at every product, not a bit of the result changes.
+    """
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    tables = {id(module.weight) for module in backbone.modules() if isinstance(module, nn.Embedding)}
+    for module in backbone.modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and not weight.requires_grad and id(weight) not in tables:
+            weight.data = weight.data.to(torch.bfloat16)
 
 
 def merge_lora(backbone: Backbone) -> None:

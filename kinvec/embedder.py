@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from kinvec.backbone import (
     merge_lora,
     resolve_device,
     resolve_precision,
+    round_weights,
 )
 from kinvec.batching import Pack, Tokens, append_end, packs, tokenize
 from kinvec.console import progress as progress_bar
@@ -257,6 +258,27 @@ def _open_adapter(folder: Path, max_length: int | None) -> Embedder:
             embedder.head.append(Normalize())
     embedder.name = str(folder)
     return embedder
+
+
+@contextmanager
+def unrounded(embedder: Embedder) -> Iterator[None]:
+    """Inside, weights held in bf16 are those of the model's folder again, in float32 and on the CPU.
+
+    Adapters are put on and merged so: they start as on a float32 model, and merging into bf16 would lose a fiftieth of
+    the change. Does nothing for a model that is not rounded.
+    """
+    backbone, device = embedder.backbone, embedder.device
+    held = {name: weight for name, weight in backbone.model.named_parameters() if weight.dtype == torch.bfloat16}
+    if not held:
+        yield
+        return
+    embedder.cpu()
+    whole = dict(open_folder(embedder.name).backbone.model.named_parameters())
+    for name, weight in held.items():
+        weight.data = whole[name.removeprefix("base_model.model.").replace(".base_layer.", ".")].data  # PEFT's names
+    yield
+    round_weights(backbone)
+    embedder.to(device)
 
 
 def add_language_head(embedder: Embedder) -> LanguageHead:

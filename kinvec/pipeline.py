@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from kinvec import tasks
-from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precision, set_threads
+from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precision, round_weights, set_threads
 from kinvec.card import write_card
 from kinvec.config import differences, dump
 from kinvec.console import say
-from kinvec.contracts import KinvecError
-from kinvec.embedder import Embedder, add_language_head, configure, open_folder, with_prompts
+from kinvec.contracts import KinvecError, RecipeError
+from kinvec.embedder import Embedder, add_language_head, configure, open_folder, unrounded, with_prompts
 from kinvec.files import content_fingerprint, replace_folder, write_json, write_text
 from kinvec.folder import save_adapter
 from kinvec.pooling import Normalize
@@ -62,7 +62,7 @@ def run(recipe: Recipe, force: bool = False) -> dict[str, Any]:
 
 
 def open_model(recipe: Recipe) -> Embedder:
-    """The model to start from, in float32, with the recipe's prompts and adapters on."""
+    """The model to start from, in float32 unless `lora.base` says otherwise, with the recipe's prompts."""
     device = resolve_device(recipe.device)
     embedder = open_folder(recipe.model, recipe.data.max_length)
     embedder.precision = resolve_precision(recipe.precision, device)
@@ -73,6 +73,10 @@ def open_model(recipe: Recipe) -> Embedder:
         embedder.include_prompt = recipe.pool_prompt
     if embedder.similarity == "cosine" and not any(isinstance(module, Normalize) for module in embedder.head):
         embedder.head.append(Normalize())  # trained by cosine: say so in the folder, so that no reader forgets it
+    if recipe.lora.base == "bf16":
+        if embedder.precision != "bf16":
+            raise RecipeError("lora.base=bf16 needs bf16 arithmetic, and this run's is fp32; set precision=bf16")
+        round_weights(embedder.backbone)
     return embedder.to(device)
 
 
@@ -236,15 +240,17 @@ def _train(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData) -> d
     if any(one.objective.ask for one in data.sets):
         add_language_head(embedder).requires_grad_(not recipe.lora.rank)
     if recipe.lora.rank:
-        add_lora(embedder.backbone, recipe.lora)
+        with unrounded(embedder):
+            add_lora(embedder.backbone, recipe.lora)
     evaluate = partial(develop, data) if any(one.dev is not None for one in data.sets) else None
     source = mixture(recipe, data, embedder.prompts)
     trained = fit(embedder, source, recipe.trainer, folder, evaluate, recipe.seed)
-    if recipe.lora.rank:
-        save_adapter(embedder, folder / "adapter", recipe.model)
-    merge_lora(embedder.backbone)
-    embedder.lineage.append(_lineage(recipe, data, embedder, trained))
-    embedder.save(folder / "model")
+    with unrounded(embedder):
+        if recipe.lora.rank:
+            save_adapter(embedder, folder / "adapter", recipe.model)
+        merge_lora(embedder.backbone)
+        embedder.lineage.append(_lineage(recipe, data, embedder, trained))
+        embedder.save(folder / "model")
     write_json(done, trained)
     return trained
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from kinvec.batching import pack
 from kinvec.contracts import KinvecError
 from kinvec.embedder import open_folder
 from kinvec.planner import saved_bytes_per_token
-from kinvec.trainer import TrainerSettings, _prepare
+from kinvec.trainer import TrainerSettings, _prepare, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,3 +93,73 @@ def test_an_architecture_without_such_layers_is_refused(tmp_path: Path) -> None:
     save_plain("mpnet", tmp_path, "roberta")
     with pytest.raises(KinvecError, match="mpnet: its layers cannot be recomputed; leave trainer.gradient_checkpointi"):
         recompute_layers(open_folder(tmp_path).backbone)
+
+
+def lora_run(main: Callable[..., tuple[int, str]], out: Path, model: Path, pairs: Path, *more: str) -> tuple[int, str]:
+    settings = ["trainer.batch_size=8", "trainer.lr=1e-2", "trainer.save_every=3", "lora.rank=2", "lora.dropout=0.1"]
+    data = [f"data.train={pairs}", f"data.dev={pairs}", f"data.test={pairs}", "precision=bf16", "threads=1"]
+    steps = ["trainer.max_steps=6", "trainer.eval_every=2", "trainer.keep=9"]
+    return main("train", f"model={model}", *data, *settings, *steps, f"out={out}", *more)
+
+
+def contents(run: Path) -> tuple[Any, dict[str, Tensor], dict[str, Tensor], Any]:
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    kept = [{key: row.get(key) for key in ("loss", "grad_norm", "dev")} for row in log]
+    results = json.loads((run / "summary.json").read_text())["results"]
+    files = run / "model" / "model.safetensors", run / "adapter" / "adapter_model.safetensors"
+    return kept, load_file(files[0]), load_file(files[1]), results
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_base_in_bf16_changes_no_bit_of_a_bf16_run(
+    tmp_path: Path, tiny_pairs: Path, main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, dev measures, adapter, merged model and results; held for half of it; and when it was interrupted."""
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    model = save_plain("llama", tmp_path / "base", "decoder", spread=0.1)
+    held: list[set[torch.dtype]] = []
+
+    def spy(embedder: Embedder, *arguments: Any) -> dict[str, Any]:
+        layers = [m for n, m in embedder.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
+        held.append({layer.weight.dtype for layer in layers})
+        assert {p.dtype for _, p in trainable(embedder)} == {torch.float32}
+        return fit(embedder, *arguments)
+
+    monkeypatch.setattr("kinvec.pipeline.fit", spy)
+    for base in ("fp32", "bf16"):
+        code, said = lora_run(main, tmp_path / base, model, tiny_pairs, f"lora.base={base}")
+        assert code == 0, said
+    assert held == [{torch.float32}, {torch.bfloat16}]
+    expected, found = contents(tmp_path / "fp32"), contents(tmp_path / "bf16")
+    assert found[0] == expected[0] and found[3] == expected[3] and len(found[0]) == 6
+    for part in (1, 2):
+        assert found[part].keys() == expected[part].keys()
+        assert all(torch.equal(value, expected[part][key]) for key, value in found[part].items())
+
+    whole = AutoModel.from_pretrained(model)
+    merged = PeftModel.from_pretrained(whole, str(tmp_path / "bf16" / "adapter")).merge_and_unload().state_dict()
+    assert found[1] and all(torch.equal(value, merged[key]) for key, value in found[1].items() if key in merged)
+
+    run = tmp_path / "bf16"
+    for path in (run / "checkpoints").iterdir():
+        if path.name > "step-00000003":
+            shutil.rmtree(path)
+    for path in (run / "model", run / "adapter"):
+        shutil.rmtree(path)
+    (run / "training.json").unlink(), (run / "summary.json").unlink()
+    code, said = lora_run(main, run, model, tiny_pairs, "lora.base=bf16")
+    assert code == 0 and "continuing after step" in said
+    again = contents(run)
+    assert again[0] == expected[0] and all(torch.equal(value, expected[1][key]) for key, value in again[1].items())
+
+
+def test_a_base_in_bf16_needs_adapters_and_bf16_arithmetic(
+    tmp_path: Path, tiny_folder: Path, tiny_pairs: Path, main: Callable[..., tuple[int, str]]
+) -> None:
+    code, said = lora_run(main, tmp_path / "run", tiny_folder, tiny_pairs, "lora.base=bf16", "lora.rank=0")
+    assert code == 2 and "lora.base" in said and "without adapters all of it is trained; set lora.rank" in said
+    code, said = lora_run(main, tmp_path / "run", tiny_folder, tiny_pairs, "lora.base=bf16", "precision=fp32")
+    assert code == 2 and "lora.base=bf16 needs bf16 arithmetic, and this run's is fp32; set precision=bf16" in said
+    assert not (tmp_path / "run").exists()
