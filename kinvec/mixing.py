@@ -105,10 +105,10 @@ class Mixture:
         steps = [part.source.steps_per_epoch(batch_size) for part in self.sets]
         return divide(sum(steps), self._shares(steps))
 
-    def plan(self, batch_size: int, steps: int) -> dict[str, dict[str, float]]:
+    def plan(self, batch_size: int, steps: int) -> dict[str, dict[str, int | float]]:
         """Of each data set its rows, its share of the training, and how often `steps` steps go through it."""
         counts = self.counts(batch_size)
-        told = {}
+        told: dict[str, dict[str, int | float]] = {}
         for part, count in zip(self.sets, counts, strict=True):
             rows, share = len(part.source), count / sum(counts)
             each = rows / count if self.batches == "mixed" else part.source.steps_per_epoch(batch_size) / share

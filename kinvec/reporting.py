@@ -58,7 +58,8 @@ def collect(run_folder: str | Path) -> dict[str, Any]:
     recipe: dict[str, Any] = yaml.safe_load(recipe_text) or {}
     model = _json(run / "model" / "kinvec.json")
     measured = [_task(base, tuned) for base, tuned in _results(run)]
-    curve = _curve(_log(run / "log.jsonl"))
+    steps, described = _log(run / "log.jsonl"), _json(run / "data.json")
+    curve = _curve(steps)
     return {
         "name": run.resolve().name,
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -67,7 +68,8 @@ def collect(run_folder: str | Path) -> dict[str, Any]:
         "verdict": _verdict(measured, recipe, bool(model)),
         "tasks": measured,
         "curve": curve,
-        "data": _data(_json(run / "data.json")),
+        "sets": _sets(steps, described.get("sets") or {}),
+        "data": _data(described),
         "recipe": recipe_text.strip(),
         "lineage": [_flat(stage) for stage in model.get("lineage", [])],
         "environment": _flat(_json(run / "environment.json")),
@@ -275,6 +277,24 @@ def _curve(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _sets(steps: Sequence[Mapping[str, Any]], described: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of several data sets: rows each has and gave so far, and the mean loss in its first and last tenth of steps."""
+    total = sum(sum(step.get("sets", {}).values()) for step in steps)
+    told = []
+    for name, own in described.items():
+        losses = [step[f"loss/{name}"] for step in steps if f"loss/{name}" in step]
+        tenth = max(1, len(losses) // 10)
+        seen = sum(step.get("sets", {}).get(name, 0) for step in steps)
+        told.append(
+            {
+                "name": name, **own, "seen": seen, "share": seen / max(total, 1),
+                "first": float(np.mean(losses[:tenth])) if losses else None,
+                "last": float(np.mean(losses[-tenth:])) if losses else None,
+            }
+        )  # fmt: skip
+    return told
+
+
 def _readout(step: Mapping[str, Any], dev_name: str | None) -> str:
     parts = [f"step {step['step']:,}", f"loss {step.get('loss', 0.0):.4f}", f"learning rate {step.get('lr', 0.0):.2e}"]
     if dev_name in (step.get("dev") or {}):
@@ -284,7 +304,7 @@ def _readout(step: Mapping[str, Any], dev_name: str | None) -> str:
 
 def _data(data: Mapping[str, Any]) -> dict[str, Any]:
     """`data.json` in the order of the page: counts, token lengths, warnings, and whatever else the run recorded."""
-    known = ("counts", "tokens", "warnings")
+    known = ("counts", "tokens", "warnings", "sets")
     limit = data.get("max_length")
     return {
         "counts": _flat(data.get("counts") or {}),

@@ -180,4 +180,10 @@ def describe(data: RunData, sample: int = 2000) -> dict[str, Any]:
             for side, text in one.kind.texts(one.table, row):
                 texts.setdefault(side, []).append(text)
     source = ", ".join(one.table.source for one in data.sets)
-    return {"source": source, "counts": counts, "texts": texts, "warnings": data.warnings}
+    told = {"source": source, "counts": counts, "texts": texts, "warnings": data.warnings}
+    if len(data.sets) > 1:
+        told["sets"] = {
+            one.name: {"kind": one.table.kind, "objective": one.objective.name, "examples": len(one.examples)}
+            for one in data.sets
+        }
+    return told
