@@ -45,7 +45,7 @@ def _parse(name: str) -> Measure:
 def search_depth(names: Sequence[str]) -> int:
     """How many results a query needs so that every one of these measures can be computed."""
     cutoffs = (measure.params.get("cutoff") for measure in parse_measures(names))
-    return max(DEPTH_WITHOUT_CUTOFF if cutoff is None else int(cutoff) for cutoff in cutoffs)
+    return max((DEPTH_WITHOUT_CUTOFF if cutoff is None else int(cutoff) for cutoff in cutoffs), default=0)
 
 
 def retrieval(
@@ -63,7 +63,7 @@ def retrieval(
     values = {str(measure): np.zeros(len(qrels)) for measure in measures}
     # Some TREC judgements mark junk with −1 or −2: not relevant, and pytrec_eval crashes on a negative grade.
     judged = {q: {d: max(grade, 0) for d, grade in grades.items()} for q, grades in qrels.items()}
-    for metric in ir_measures.iter_calc(measures, judged, run):
+    for metric in ir_measures.iter_calc(measures, judged, run) if measures else ():
         values[str(metric.measure)][row[metric.query_id]] = metric.value
     return values
 

@@ -125,6 +125,8 @@ def learnt(run: str) -> Embedder:
 def bert_learnt() -> None:
     model = learnt("runs/bert")
     assert model.pooling == ("mean",) and model.prompts == {"query": "query: ", "document": "passage: "}
+    (before,), (after,) = (tasks.load_results(f"runs/bert/results/{side}").values() for side in ("base", "tuned"))
+    assert {"margin", "triplet_accuracy"} <= {difference.metric for difference in tasks.compare(before, after).metrics}
 
 
 def overrides_learnt() -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytrec_eval
 from conftest import MINILM
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
+from scipy.spatial import distance
 
-from kinvec import tasks
+from kinvec import files, tasks
 from kinvec.contracts import Corpus, KinvecError, PairData, Qrels, RecipeError, Result, RetrievalData
-from kinvec.tasks import evaluation
+from kinvec.tasks import evaluation, triplets
 
 
 class Words:
@@ -120,6 +123,72 @@ def test_a_dot_product_model_is_scored_by_dot_products() -> None:
     words.similarity = "manhattan"  # type: ignore[attr-defined]
     with pytest.raises(KinvecError, match="'manhattan'"):
         tasks.retrieval(data, words)
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(-1, 2)), min_size=1, max_size=6), min_size=1, max_size=5)
+)
+def test_margins_are_those_of_all_triplets_counted_one_by_one(judged: list[list[tuple[int, int]]]) -> None:
+    """Pair by pair, with documents in blocks of two and not in the judgements' order; None without a triplet."""
+    qrels = {f"q{i}": {f"d{document}": grade for document, grade in grades} for i, grades in enumerate(judged)}
+    draw = np.random.default_rng(0)
+    documents, queries = draw.normal(size=(6, 3)), draw.normal(size=(len(qrels), 3))
+    mixed = [{grade > 0 for grade in grades.values()} == {True, False} for grades in qrels.values()]
+    assert triplets.have_triplets(qrels) == any(mixed)
+    pairs = triplets.Pairs(qrels, [f"d{i}" for i in range(6)])
+    blocks = list(pairs.passing(queries, (documents[i : i + 2] for i in range(0, 6, 2))))
+    assert (np.concatenate(blocks) == documents).all()
+    found = pairs.columns(triplets.TRIPLETS)
+    for query, grades in enumerate(qrels.values()):
+        cosine = {d: 1 - distance.cosine(queries[query], documents[int(d[1:])]) for d in grades}
+        margins = [cosine[p] - cosine[n] for p in grades for n in grades if grades[p] > 0 >= grades[n]]
+        if not margins:
+            assert found["margin"][query] is None and found["triplet_accuracy"][query] is None
+            continue
+        assert found["margin"][query] == pytest.approx(np.mean(margins))
+        assert found["triplet_accuracy"][query] == np.mean(np.array(margins) > 0)
+
+
+def test_a_query_without_a_triplet_counts_in_no_mean_of_margins(tmp_path: Path) -> None:
+    qrels: Qrels = {"q1": {"d4": 2, "d3": 0}, "q2": {"d3": 1, "d2": 0, "d1": 0}, "q3": {"d3": 1}}
+    a, b = (tasks.retrieval(problem(qrels), Words(size), baseline=False) for size in (64, 8))
+    assert list(a.metrics)[-2:] == ["margin", "triplet_accuracy"] and a.per_query["margin"][2] is None
+    assert a.metrics["margin"] == pytest.approx(np.mean(a.per_query["margin"][:2]))
+    tasks.save_result(a, tmp_path / "a")
+    assert tasks.load_result(tmp_path / "a") == a
+    found = {d.metric: d for d in tasks.compare(a, b, by="margin").metrics}["margin"]
+    assert (found.won + found.tied + found.lost, found.low <= found.difference <= found.high) == (2, True)
+    assert {change.id for change in tasks.compare(a, b, by="margin").losses} <= {"q1", "q2"}
+    alone = tasks.retrieval(problem(qrels), Words(), ["margin"])
+    assert alone.metrics == {"margin": a.metrics["margin"]} and not alone.baselines
+    assert list(tasks.retrieval(problem(qrels), Words(), ["RR@10"], baseline=False).metrics) == ["RR@10"]
+    assert "margin" not in tasks.retrieval(problem({"q1": {"d4": 2}}), Words(), baseline=False).metrics
+    with pytest.raises(RecipeError, match="margin needs negatives"):
+        tasks.retrieval(problem({"q1": {"d4": 2}}), Words(), ["RR@10", "margin"])
+
+
+def test_nli_gives_margins_that_sentence_transformers_confirms(
+    shared_data: Path, minilm_folder: Path, tmp_path: Path, main: Callable[..., tuple[int, str]]
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    for part in ("s1", "s2", "labels"):
+        lines = (shared_data / "snli" / f"{part}.test").read_text("utf-8").splitlines()[:90]
+        (tmp_path / f"{part}.test").write_text("\n".join(lines) + "\n")
+    code, said = main(
+        "evaluate", "--model", MINILM, "--data", str(tmp_path), "--precision", "fp32", "--out", str(tmp_path / "out")
+    )
+    assert code == 0 and "triplet_accuracy" in said
+    result, table = tasks.load_result(tmp_path / "out"), files.open_data(tmp_path, split="test")
+    model = SentenceTransformer(str(minilm_folder), device="cpu")
+    expected = []
+    for example in (table.example(row) for row in range(len(table))):
+        if example.negatives:
+            query = model.encode(example.query)
+            sides = (list(example.positives), list(example.negatives))
+            near, far = (model.similarity(query, model.encode(side))[0] for side in sides)
+            expected.append(float((near[:, None] - far).mean()))
+    assert len(expected) > 15 and result.metrics["margin"] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_nothing_to_search_is_an_error_and_so_is_an_unknown_measure() -> None:

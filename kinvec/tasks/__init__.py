@@ -12,6 +12,7 @@ from kinvec.tasks.lexical import bm25
 from kinvec.tasks.rankings import MEASURES, from_rankings
 from kinvec.tasks.statistics import statistic
 from kinvec.tasks.stored import load_result, load_results, refuse_foreign, save_result, summary
+from kinvec.tasks.triplets import TRIPLETS
 
 
 def measure(data: Problem, encoder: Encoder, measures: Sequence[str] = ()) -> Result:
@@ -22,11 +23,11 @@ def measure(data: Problem, encoder: Encoder, measures: Sequence[str] = ()) -> Re
         if measures:
             raise RecipeError("scored pairs are measured by Spearman and Pearson; leave out the measures")
         return similarity(data, encoder)
-    return retrieval(data, encoder, tuple(measures) or MEASURES)
+    return retrieval(data, encoder, measures)
 
 
 __all__ = [
-    "LABELLED", "MEASURES", "Change", "Comparison", "Difference", "bm25", "classification", "compare", "from_rankings",
-    "from_vectors", "load_result", "load_results", "measure", "refuse_foreign", "retrieval", "save_result",
-    "similarity", "statistic", "summary", "unit_of",
+    "LABELLED", "MEASURES", "TRIPLETS", "Change", "Comparison", "Difference", "bm25", "classification", "compare",
+    "from_rankings", "from_vectors", "load_result", "load_results", "measure", "refuse_foreign", "retrieval",
+    "save_result", "similarity", "statistic", "summary", "unit_of",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from kinvec import metrics
 from kinvec.contracts import Encoder, KinvecError, LabelledData, RecipeError, Result
-from kinvec.tasks.evaluation import describe, unit
+from kinvec.tasks.evaluation import describe, unit_vectors
 from kinvec.tasks.rankings import SNIPPET, timed
 
 SEED = 42
@@ -61,9 +61,7 @@ def classification(data: LabelledData, encoder: Encoder, measures: Sequence[str]
     seconds: dict[str, float] = {}
     n = len(data.texts)
     with timed(seconds, "encode"):
-        vectors = unit(encoder.encode_queries([*data.texts, *data.training_texts]))
-    if not np.isfinite(vectors).all():
-        raise KinvecError(f"{encoder.name} gave NaN or infinity; is the model broken? Try --precision fp32")
+        vectors = unit_vectors(encoder, [*data.texts, *data.training_texts])
     labels, known = np.array(list(data.labels)), np.array(list(data.training_labels))
     space = Space(vectors[:n], labels, vectors[n:], known, data.training_texts)
     columns: Columns = {"id": [str(i) for i in range(n)], "query": list(data.texts), "label": list(data.labels)}

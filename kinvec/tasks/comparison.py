@@ -118,7 +118,7 @@ def _changes(by: str, kind: str, a: dict[str, list[Any]], b: dict[str, list[Any]
     side = SIDES.get(kind, _search_side)
     found = []
     for i, (query_id, query) in enumerate(zip(a["id"], a["query"], strict=True)):
-        if x[i] != y[i]:
+        if abs(y[i] - x[i]) > 0:  # not where there is no value
             text = f"{query} | {a['second'][i]}" if "second" in a else query
             found.append(Change(query_id, text, float(y[i] - x[i]), side(a, i, x[i]), side(b, i, y[i])))
     return found

@@ -19,22 +19,23 @@ from kinvec import metrics
 from kinvec.contracts import Encoder, KinvecError, PairData, Result, RetrievalData
 from kinvec.tasks.lexical import bm25
 from kinvec.tasks.rankings import MEASURES, check_problem, from_rankings, search_depth, timed, versions
+from kinvec.tasks.triplets import Pairs, chosen
 from kinvec.topk import top_k
 
 ENCODE_ROWS = 65_536  # documents encoded, searched and forgotten at a time: memory does not grow with the corpus
 
 
-def retrieval(
-    data: RetrievalData, encoder: Encoder, measures: Sequence[str] = MEASURES, *, baseline: bool = True
-) -> Result:
+def retrieval(data: RetrievalData, encoder: Encoder, measures: Sequence[str] = (), *, baseline: bool = True) -> Result:
     """Search the whole corpus for every judged query, and score the rankings against the graded judgements.
 
-    A document whose id equals the query's is a result like any other. With `baseline` the figures of BM25 on the same
+    Unless some are named, the measures are `MEASURES` and, where documents are judged as negatives, `TRIPLETS`. A
+    document whose id equals the query's is a result like any other. With `baseline` the figures of BM25 on the same
     data come along as `baselines["BM25"]` (made once per data in a process). Raises `KinvecError` for data without
     queries or documents and for vectors that are not numbers, `RecipeError` for an unknown measure.
     """
     check_problem(data)
-    depth = search_depth(measures)
+    ranked, triplets = chosen(data.qrels, measures, MEASURES)
+    depth = search_depth(ranked)
     scale = _scaling(getattr(encoder, "similarity", "cosine"))
     seconds: dict[str, float] = {}
     with timed(seconds, "encode_queries"):
@@ -46,14 +47,16 @@ def retrieval(
                 vectors = scale(encoder.encode_documents(data.corpus.texts[start : start + ENCODE_ROWS]))
             yield vectors
 
+    pairs = Pairs(data.qrels, data.corpus.ids) if triplets else None
     with timed(seconds, "search"):
-        best = top_k(queries, documents(), data.corpus.ids, depth)
+        blocks = pairs.passing(queries, documents()) if pairs else documents()
+        best = top_k(queries, blocks, data.corpus.ids, depth)
     seconds["search"] -= seconds["encode_documents"]  # which happens inside it
-    result = from_rankings(data, *best, measures)
+    result = from_rankings(data, *best, ranked, pairs.columns(triplets) if pairs else {})
     describe(result, encoder)
     result.timing = seconds | {"documents_per_second": len(data.corpus) / max(seconds["encode_documents"], 1e-9)}
-    if baseline:
-        result.baselines = {"BM25": bm25(data, measures).metrics}
+    if baseline and ranked:
+        result.baselines = {"BM25": bm25(data, ranked).metrics}
     return result
 
 
@@ -61,7 +64,7 @@ def from_vectors(
     data: RetrievalData,
     queries: tuple[Sequence[str], Sequence[np.ndarray]],
     documents: tuple[Sequence[str], Sequence[np.ndarray]],
-    measures: Sequence[str] = MEASURES,
+    measures: Sequence[str] = (),
     *,
     similarity: str = "dot",
 ) -> Result:
@@ -70,8 +73,9 @@ def from_vectors(
     Raises `KinvecError` where a judged query or a document of the corpus has no vector, or a vector no document.
     """
     check_problem(data)
+    ranked, triplets = chosen(data.qrels, measures, MEASURES)
     scale, seconds = _scaling(similarity), dict[str, float]()
-    asked = np.concatenate([np.asarray(shard) for shard in queries[1]])[_rows_of(data.qrels, queries[0], "query")]
+    asked = scale(np.concatenate([np.asarray(part) for part in queries[1]])[_rows_of(data.qrels, queries[0], "query")])
     corpus_rows = _rows_of(documents[0], data.corpus.ids, "embedded document")
     _rows_of(data.corpus.ids, documents[0], "document")  # every one must be there, or the search is another one
 
@@ -80,9 +84,11 @@ def from_vectors(
             for start in range(0, len(shard), ENCODE_ROWS):
                 yield scale(shard[start : start + ENCODE_ROWS])
 
+    pairs = Pairs(data.qrels, documents[0]) if triplets else None
     with timed(seconds, "search"):
-        scores, rows = top_k(scale(asked), blocks(), documents[0], search_depth(measures))
-    result = from_rankings(data, scores, corpus_rows[rows], measures)
+        passing = pairs.passing(asked, blocks()) if pairs else blocks()
+        scores, rows = top_k(asked, passing, documents[0], search_depth(ranked))
+    result = from_rankings(data, scores, corpus_rows[rows], ranked, pairs.columns(triplets) if pairs else {})
     result.precision, result.timing, result.versions = "fp32", seconds, versions()
     return result
 
@@ -108,9 +114,7 @@ def similarity(data: PairData, encoder: Encoder) -> Result:
     seconds: dict[str, float] = {}
     n = len(data.scores)
     with timed(seconds, "encode"):
-        vectors = unit(encoder.encode_queries([*data.first, *data.second]))
-    if not np.isfinite(vectors).all():
-        raise KinvecError(f"{encoder.name} gave NaN or infinity; is the model broken? Try --precision fp32")
+        vectors = unit_vectors(encoder, [*data.first, *data.second])
     cosines = np.einsum("nd,nd->n", vectors[:n], vectors[n:], dtype=np.float64)
     gold = np.asarray(data.scores, dtype=np.float64)
     columns: dict[str, list[Any]] = {
@@ -140,6 +144,14 @@ def _scaling(similarity: str) -> Callable[[np.ndarray], Float32[np.ndarray, "n d
         known = " and ".join(SIMILARITIES)
         raise KinvecError(f"the model asks for the similarity '{similarity}'; search knows {known}")
     return SIMILARITIES[similarity]
+
+
+def unit_vectors(encoder: Encoder, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
+    """The texts encoded as queries, at length 1. Raises `KinvecError` for vectors that are not numbers."""
+    vectors = unit(encoder.encode_queries(texts))
+    if not np.isfinite(vectors).all():
+        raise KinvecError(f"{encoder.name} gave NaN or infinity; is the model broken? Try --precision fp32")
+    return vectors
 
 
 def unit(vectors: Float[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:

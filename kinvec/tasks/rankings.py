@@ -6,7 +6,7 @@ Shapes: q = queries, k = results kept for each query.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -30,9 +30,13 @@ def search_depth(measures: Sequence[str]) -> int:
 
 
 def from_rankings(
-    data: RetrievalData, scores: Float32[np.ndarray, "q k"], rows: Int64[np.ndarray, "q k"], measures: Sequence[str]
-) -> Result:
-    """The result of rankings: for each query of `data.qrels` rows of the corpus, best first; −1 where there is none."""
+    data: RetrievalData, scores: Float32[np.ndarray, "q k"], rows: Int64[np.ndarray, "q k"], measures: Sequence[str],
+    more: Mapping[str, list[float | None]] | None = None,
+) -> Result:  # fmt: skip
+    """The result of rankings: for each query of `data.qrels` rows of the corpus, best first; −1 where there is none.
+
+    `more` are measures that are there already, a value a query or None.
+    """
     names = [str(measure) for measure in metrics.parse_measures(measures)]
     query_ids = list(data.qrels)
     values: dict[str, list[Any]] = {name: [] for name in names}
@@ -46,7 +50,8 @@ def from_rankings(
             shown.append(_shown(data, query_ids[i], ranked[query_ids[i]], rows[i], scores[i]))
     columns = {name: [row[name] for row in shown] for name in shown[0]}
     texts = [data.queries[query] for query in query_ids]
-    means = {name: metrics.mean(values[name]) for name in names}
+    values |= more or {}
+    means = {name: metrics.mean([value for value in column if value is not None]) for name, column in values.items()}
     per_query = {"id": query_ids, "query": texts, **values, **columns}
     return Result(data.name or "retrieval", "retrieval", data.split, "", means, per_query, data.fingerprint)
 

@@ -19,7 +19,7 @@ Rows = Mapping[str, list[Any]]
 
 
 class Statistic(NamedTuple):
-    """`each`: a value a row, higher is better. `interval`: 95 %. `difference`: of B − A its interval and p-value."""
+    """`each`: a value a row, higher is better, NaN for none. `interval`: 95 %. `difference`: of B − A, with p-value."""
 
     each: Callable[[Rows], Float64[np.ndarray, " n"]]
     interval: Callable[[Rows], tuple[float, float]]
@@ -36,10 +36,15 @@ def _mean(name: str) -> Statistic:
         return np.array(rows[name], dtype=np.float64)
 
     def difference(a: Rows, b: Rows, seed: int) -> tuple[tuple[float, float], float]:
-        change = each(b) - each(a)
+        change = _known(each(b) - each(a))
         return metrics.bootstrap_mean(change, seed), metrics.randomisation_p(change, seed)
 
-    return Statistic(each, lambda rows: metrics.bootstrap_mean(each(rows)), difference)
+    return Statistic(each, lambda rows: metrics.bootstrap_mean(_known(each(rows))), difference)
+
+
+def _known(values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " m"]:
+    """Without the queries that have no value, as one without negatives has no margin."""
+    return values[~np.isnan(values)]
 
 
 def _correlation(name: str) -> Statistic:

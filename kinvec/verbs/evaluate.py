@@ -42,13 +42,12 @@ def evaluate(
         raise RecipeError("evaluate takes either --model NAME or --embeddings FOLDER; give one of them")
     if model is not None and data is None:
         raise RecipeError("evaluate needs judged data; add --data FOLDER_OR_FILE")
-    if not set(measures) <= set(tasks.LABELLED):
-        parse_measures(measures)
+    parse_measures([name for name in measures if name not in (*tasks.LABELLED, *tasks.TRIPLETS)])
     if out is not None:
         tasks.refuse_foreign(Path(out))
     set_threads(threads)
     if embeddings is not None:
-        result = _score_vectors(Path(embeddings), data, split, tuple(measures) or tasks.MEASURES)
+        result = _score_vectors(Path(embeddings), data, split, measures)
     else:
         assert data is not None
         result = _score_model(str(model), open_problem(data, split=split), measures, precision, device)
@@ -86,7 +85,8 @@ def _score_vectors(folder: Path, source: str | Path | None, split: str, measures
         opened = open_problem(source, split=split)
         if not isinstance(opened, RetrievalData):
             raise KinvecError("an embeddings folder is scored by judged queries; scored pairs need --model")
-        data, baselines = opened, {"BM25": tasks.bm25(opened, measures).metrics}
+        ranked = [name for name in measures if name not in tasks.TRIPLETS]
+        data, baselines = opened, {"BM25": tasks.bm25(opened, ranked or tasks.MEASURES).metrics}
     result = tasks.from_vectors(
         data, (queries.ids, queries.shards), (documents.ids, documents.shards), measures,
         similarity=said.get("similarity", "dot"),
@@ -142,8 +142,8 @@ def command(
 ) -> None:
     """Measure a model on retrieval, similarity or labelled data, query by query.
 
-    Retrieval searches the whole corpus and shows BM25 beside the model; scored pairs give Spearman and Pearson,
-    labelled texts accuracies, silhouette and v-measure.
+    Retrieval searches the whole corpus and shows BM25 beside the model, and where documents are judged as negatives the
+    margin of the triplets; scored pairs give Spearman and Pearson, labelled texts accuracies, silhouette and v-measure.
     """
     result = evaluate(
         model, data, split=split, out=out, embeddings=embeddings, measures=measure or (), precision=precision,
