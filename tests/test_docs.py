@@ -105,6 +105,16 @@ def _my_decoder(folder: Path) -> None:
     )
 
 
+def _my_scores(folder: Path) -> None:
+    """Sentences that share the animal, the act, both or neither."""
+    rows = [
+        f"{a} {b},{c} {d},{(a == c) + (b == d)}"
+        for a, c in product(ANIMALS[:3], repeat=2)
+        for b, d in product(ACTS, repeat=2)
+    ]
+    (folder / "sts.csv").write_text("\n".join(["sentence1,sentence2,score", *rows]) + "\n")
+
+
 def _my_news(folder: Path) -> None:
     """Two categories of news as HuffPost's data set has them."""
     rows = [
@@ -130,8 +140,16 @@ def _blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
+def _recipes(page: str) -> dict[str, str]:
+    """Recipes that the page names above their text."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("DATA", "my-data")
+    return dict(re.findall(r"^`(\S+\.yaml)`\n```yaml\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+
+
 def _run(page: str, folder: Path) -> set[str]:
     """Run the page's kinvec commands, then its Python; returns the verbs."""
+    for name, recipe in _recipes(page).items():
+        (folder / name).write_text(recipe, encoding="utf-8")
     commands = [shlex.split(line) for _, block in _blocks(page) for line in block.splitlines() if line[:7] == "kinvec "]
     for _, *arguments in commands:
         with pytest.raises(SystemExit) as ended:
@@ -153,6 +171,7 @@ def test_the_pages_do_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert (tmp_path / run / "report.html").is_file()
     _my_decoder(tmp_path)
     _my_news(tmp_path)
+    _my_scores(tmp_path)
     assert _run("docs/training.md", tmp_path) == {"train", "prepare"}
     assert _run("docs/evaluation.md", tmp_path) == {"evaluate", "compare", "embed"}
     assert _run("docs/model-folder.md", tmp_path) == set()
