@@ -22,14 +22,15 @@ from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precis
 from kinvec.card import write_card
 from kinvec.config import differences, dump
 from kinvec.console import say
-from kinvec.contracts import KinvecError, RecipeError
+from kinvec.contracts import KinvecError, RecipeError, RetrievalData
 from kinvec.embedder import Embedder, add_language_head, configure, open_folder, unrounded, with_prompts
 from kinvec.files import content_fingerprint, replace_folder, write_json, write_text
 from kinvec.folder import save_adapter
 from kinvec.pooling import Normalize
 from kinvec.recipe import Recipe
-from kinvec.run_data import RunData, describe, mixture, open_run_data
+from kinvec.run_data import OpenSet, RunData, describe, mixture, open_run_data
 from kinvec.trainer import fit
+from kinvec.validation import Listener, validation
 
 RUN_FILE = "run.json"  # its presence says that a folder is a run of ours
 
@@ -216,10 +217,19 @@ def evaluate_into(folder: Path, embedder: Embedder, data: RunData) -> None:
         tasks.save_result(tasks.measure(one.test, with_prompts(embedder, one.settings.prompts)), place)
 
 
-def develop(data: RunData, embedder: Embedder) -> dict[str, float]:
+def _develop(one: OpenSet, embedder: Embedder, batch_size: int) -> dict[str, float]:
+    """Dev metrics of one data set; of a search problem also its loss and its cosines, from the same vectors."""
+    if not isinstance(one.dev, RetrievalData):
+        return one.kind.develop(one.dev, embedder)
+    heard = Listener(embedder, one.dev)
+    found = one.kind.develop(one.dev, heard)
+    return found | validation(one.dev, heard, one.objective, batch_size, one.settings.negatives_per_query)
+
+
+def develop(data: RunData, batch_size: int, embedder: Embedder) -> dict[str, float]:
     """Dev metrics, the first of which chooses the checkpoint: of several data sets, the mean of their main metrics."""
     found = {
-        one.name: one.kind.develop(one.dev, with_prompts(embedder, one.settings.prompts))
+        one.name: _develop(one, with_prompts(embedder, one.settings.prompts), batch_size)
         for one in data.sets if one.dev is not None
     }  # fmt: skip
     if len(data.sets) == 1:
@@ -242,7 +252,9 @@ def _train(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData) -> d
     if recipe.lora.rank:
         with unrounded(embedder):
             add_lora(embedder.backbone, recipe.lora)
-    evaluate = partial(develop, data) if any(one.dev is not None for one in data.sets) else None
+    evaluate = (
+        partial(develop, data, recipe.trainer.batch_size) if any(one.dev is not None for one in data.sets) else None
+    )
     source = mixture(recipe, data, embedder.prompts)
     trained = fit(embedder, source, recipe.trainer, folder, evaluate, recipe.seed)
     with unrounded(embedder):

@@ -269,6 +269,9 @@ def _curve(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "lr": [step.get("lr", 0.0) for step in thin],
         "dev": dev,
         "dev_name": dev_name,
+        "val_loss": [
+            (step["step"], step["dev"]["val_loss"]) for step in steps if "val_loss" in (step.get("dev") or {})
+        ],
         "best": best,
         "axis": axis([0.0, *(step["step"] for step in thin)], tight=True),
         "tokens": sum(step.get("tokens", 0) for step in steps),

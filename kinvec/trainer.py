@@ -320,6 +320,8 @@ def _evaluate(embedder: Embedder, evaluate: Evaluate, state: Progress) -> dict[s
     torch.set_rng_state(random_state)
     embedder.train()
     score = next(iter(metrics.values()))
+    shown = [key for number, key in enumerate(metrics) if number == 0 or key.endswith("val_loss")]
+    say(f"step {state.step:,}: dev " + ", ".join(f"{key} {metrics[key]:.4f}" for key in shown))
     better = score > state.best_score
     state.stale = 0 if better else state.stale + 1
     if better:

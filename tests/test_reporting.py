@@ -151,6 +151,16 @@ def test_several_tasks_of_several_kinds(tmp_path: Path) -> None:
     parse(render(data))
 
 
+def test_the_loss_on_dev_is_drawn_with_the_loss(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    page = build_report(run).read_text("utf-8")
+    points = collect(run)["curve"]["val_loss"]
+    assert [step for step, _ in points] == [24, 48, 72, 96, 120] and "its running mean; dots: on dev" in page
+    assert page.count("<title>step 48: ") == 2  # one dot of the measure, one of the loss
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert points[0][1] == rows[23]["dev"]["val_loss"]
+
+
 def test_long_curves_are_thinned_and_keep_their_ends(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", evaluate=False)
     rows = [{"step": step, "loss": 1 / step, "lr": 1e-5} for step in range(1, 5002)]
