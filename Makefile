@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Test processes of one thread each: on two cores twice as fast as one process of two threads.
 WORKERS ?= 2
 
-.PHONY: setup demo test check docs bench chromium constraints
+.PHONY: setup demo test check docs bench ladder chromium constraints
 
 setup: $(SETUP)
 
@@ -36,6 +36,9 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py
+
+ladder: setup
+	$(BIN)/python benchmarks/ladder.py
 
 chromium:
 	@bash scripts/install-chromium.sh
