@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from synthetic_run import make_run
+from synthetic_run import make_run, similarity_result
 
 from kinvec.reporting import SECTIONS, build_report
+from kinvec.tasks import save_result
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (scripts/install-chromium.sh)")
@@ -81,6 +83,22 @@ def test_the_page_fits_a_phone(browser: Browser, report: str) -> None:
     )
     assert too_small == []
     page.close()
+
+
+def test_the_name_of_a_metric_stands_on_one_line(browser: Browser, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for side, noise in (("base", 0.6), ("tuned", 0.2)):
+        save_result(similarity_result(side, noise), run / "results" / side / "pairs")
+    for width in (800, 1200):
+        page, _ = open_page(browser, build_report(run).as_uri(), viewport={"width": width, "height": 800})
+        lines = page.evaluate(
+            """[...document.querySelectorAll('#scores tbody th')].map(th => {
+                 const name = document.createRange(); name.selectNodeContents(th);
+                 return [th.textContent, name.getClientRects().length]; })"""
+        )
+        assert ["pearson_cosine", 1] in lines and {count for _, count in lines} == {1}
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.close()
 
 
 def test_everything_can_be_reached_by_keyboard(browser: Browser, report: str) -> None:

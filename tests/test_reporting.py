@@ -148,7 +148,9 @@ def test_several_tasks_of_several_kinds(tmp_path: Path) -> None:
     assert pairs["metric"] == "spearman_cosine"
     assert pairs["base"]["low"] < pairs["base"]["value"] < pairs["base"]["high"]
     assert any(line.startswith("pairs: better") for line in data["verdict"]["also"])
-    parse(render(data))
+    page = render(data)
+    parse(page)
+    assert page.count(">BM25</th>") == 1, "a task without a lexical baseline has no column for it"
 
 
 def test_the_loss_on_dev_is_drawn_with_the_loss(tmp_path: Path) -> None:

@@ -86,12 +86,12 @@ def show(summary: dict[str, Any]) -> None:
         title = f"{result['task']}: {result['queries']} test {result['unit']}"
         console.print(title, highlight=False)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for column in ("metric", "BM25", "base", "tuned", "difference", "95 % interval", "p"):
+        baselines = result["baselines"]
+        for column in ("metric", *baselines, "base", "tuned", "difference", "95 % interval", "p"):
             table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
-        lexical = result["baselines"].get("BM25", {})
         for metric, row in result["metrics"].items():
             table.add_row(
-                metric, f"{lexical[metric]:.4f}" if metric in lexical else "",
+                metric, *(f"{beside[metric]:.4f}" if metric in beside else "" for beside in baselines.values()),
                 f"{row['base']:.4f}", f"{row['tuned']:.4f}",
                 f"{row['difference']:+.4f}", f"{row['low']:+.4f}, {row['high']:+.4f}", f"{row['p']:.4f}",
             )  # fmt: skip
