@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Test processes of one thread each: on two cores twice as fast as one process of two threads.
 WORKERS ?= 2
 
-.PHONY: setup demo test check docs bench ladder chromium constraints
+.PHONY: setup demo test check docs bench ladder models chromium constraints
 
 setup: $(SETUP)
 
@@ -39,6 +39,9 @@ bench: setup
 
 ladder: setup
 	$(BIN)/python benchmarks/ladder.py
+
+models: setup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/models.py
 
 chromium:
 	@bash scripts/install-chromium.sh

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ from kinvec.batching import Pack, Tokens, pack
 from kinvec.config import Settings
 from kinvec.console import say
 from kinvec.contracts import KinvecError
+from kinvec.published import has_own_code, needs_own_code, open_config, reading, weight_files
 
 POSITIONS_AFTER_PADDING = {  # families whose first position is the padding index + 1 (RoBERTa's convention)
     "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod", "esm",
@@ -101,24 +103,30 @@ def fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json", "*/*.safetensors"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*_Dense/pytorch_model.bin"]
+    other = ["onnx/*", "openvino/*"]
     try:
-        return Path(snapshot_download(found, allow_patterns=patterns, ignore_patterns=["onnx/*", "openvino/*"]))
+        folder = Path(snapshot_download(found, allow_patterns=patterns, ignore_patterns=other))
+        if not any(path for place in (folder, folder / "0_Transformer") for path in place.glob("*.safetensors")):
+            snapshot_download(found, allow_patterns=["pytorch_model*.bin", "0_Transformer/*.bin"])
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).splitlines()[0]
         raise KinvecError(f"{name}: neither a model folder here nor reachable on the hub ({reason})") from None
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and tables of weights: what matters of them is checked and said here."""
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, tables and warnings: what matters of them is checked and said here."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():  # torch of a file that is none of its own: refused below
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            yield
     finally:
         logging.set_verbosity(before)
 
@@ -126,20 +134,24 @@ def _quiet() -> Iterator[None]:
 def load_backbone(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Open the transformer of a folder with the given weight type; never runs code from the folder.
 
-    Raises `KinvecError` when weights are missing, incomplete or not safetensors, or the architecture is unknown.
+    Weights are safetensors, or torch's older files, read as tensors alone. Raises `KinvecError` when they are missing,
+    incomplete or damaged, or the architecture is unknown.
     """
-    from transformers import AutoConfig, AutoModel, T5EncoderModel
+    from transformers import AutoModel, T5EncoderModel
 
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        other = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights at all"
-        raise KinvecError(f"{folder}: no safetensors weights ({other}); save the model as safetensors first")
+    weights = weight_files(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = open_config(folder)
         kind = T5EncoderModel if config.model_type in ("t5", "mt5") else AutoModel
-        options = {"config": config, "dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
-        with _quiet():
-            model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+        options = {"config": config, "dtype": dtype, "trust_remote_code": False}
+        with quiet():
+            model, info = kind.from_pretrained(folder, output_loading_info=True, **options, **reading(weights))
+    except KinvecError:
+        raise
+    except (UnpicklingError, EOFError):
+        raise KinvecError(
+            f"{weights[0]}: damaged, or more than tensors, and not read; save the model as safetensors"
+        ) from None
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise KinvecError(f"{folder}: cannot open the model: {str(error).splitlines()[0]}") from None
     except Exception as error:  # safetensors' own error type is no ValueError
@@ -147,8 +159,15 @@ def load_backbone(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module
             raise
         raise KinvecError(f"{weights[0]}: the weights are damaged or cut short ({error})") from None
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    if missing and has_own_code(folder):
+        raise KinvecError(needs_own_code(folder))
     if missing:
         raise KinvecError(f"{folder}: the weights lack {len(missing)} tensors, {missing[0]} among them")
+    if has_own_code(folder):
+        say(
+            f"{folder}: the code that came with this model is not run; it is opened as transformers' "
+            f"{config.model_type}, so compare a few vectors with the authors' before you rely on it"
+        )
     model.config.use_cache = False
     return model
 
@@ -208,8 +227,9 @@ def language_head(folder: Path, model: nn.Module) -> LanguageHead:
     if not masked and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise KinvecError(f"{folder}: {config.model_type} has no language model to train; use a contrastive objective")
     kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    with _quiet():
-        whole, info = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    with quiet():
+        options = {"config": open_config(folder), "dtype": torch.float32, "output_loading_info": True}
+        whole, info = kind.from_pretrained(folder, **options, **reading(weight_files(folder)))
     if new := [key for key in info["missing_keys"] if "pooler" not in key]:
         say(f"{folder}: there is no trained prediction head here; {len(new)} tensors of it begin anew ({new[0]}, …)")
     setattr(whole, whole.base_model_prefix, model)

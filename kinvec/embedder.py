@@ -30,11 +30,12 @@ from kinvec.backbone import (
     load_backbone,
     load_lora,
     merge_lora,
+    quiet,
     resolve_device,
     resolve_precision,
     round_weights,
 )
-from kinvec.batching import Pack, Tokens, append_end, packs, tokenize
+from kinvec.batching import Pack, Tokens, append_end, ends_texts, packs, tokenize
 from kinvec.console import progress as progress_bar
 from kinvec.contracts import KinvecError
 from kinvec.files import replace_folder, saying_full
@@ -209,12 +210,15 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
     modules = read_json(folder / "modules.json") if _has_modules(folder) else None
     inner = folder / (modules[0].get("path") or "") if modules else folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(inner, trust_remote_code=False)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(inner, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise KinvecError(f"{inner}: cannot open the tokenizer: {str(error).splitlines()[0]}") from None
     files = list(type(tokenizer).vocab_files_names.values())
     if files and not any((inner / file).is_file() for file in files):  # transformers makes an empty one of nothing
         raise KinvecError(f"{inner}: there is no tokenizer ({' or '.join(files)}) beside the model")
+    if optional_json(inner / "tokenizer_config.json").get("add_eos_token") and not ends_texts(tokenizer):
+        append_end(tokenizer)  # some tokenizers of transformers ignore what the folder says
     model = load_backbone(inner)
     backbone = Backbone(model, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
     settings = read_settings(folder, inner, modules, model, tokenizer) | {"name": str(name_or_folder)}

@@ -21,7 +21,7 @@ from torch import nn
 
 import kinvec.folder
 from kinvec import Embedder
-from kinvec.backbone import find_model
+from kinvec.backbone import fetch, find_model
 from kinvec.contracts import Encoder, KinvecError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -414,8 +414,14 @@ def typed(place: int, kind: str) -> Callable[[Path], object]:
 
 DENSE, POOL = "2_Dense/config.json", "1_Pooling/config.json"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no weights": (without("model.safetensors"), r"good: no safetensors weights.*save the model as safetensors"),
-    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), r"pytorch_model\.bin.*safetensors"),
+    "no weights": (
+        without("model.safetensors"),
+        r"good: no weights at all \(model\.safetensors, or pytorch_model\.bin",
+    ),
+    "no torch file": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        r"pytorch_model\.bin: damaged, or more than tensors, and not read; save the model as safetensors",
+    ),
     "cut short": (lambda f: cut_short(f / "model.safetensors"), r"model\.safetensors: .*(damaged|cut)"),
     "a tensor is missing": (lambda f: drop_tensor(f / "model.safetensors"), r"lack 2 tensors, \S*layer\.1\.attention"),
     "unknown module": (typed(1, "sentence_transformers.models.LSTM"), r"modules\.json: module 'LSTM' is not supported"),
@@ -486,9 +492,13 @@ def test_a_pickle_is_not_run(good_folder: Path, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(KinvecError, match="2_Dense"):
         load(folder)
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(), protocol=2))
-    with pytest.raises(KinvecError, match="no safetensors"):
-        load(folder)
+    for thing in (Bomb(), {"embeddings.word_embeddings.weight": Bomb()}):
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(thing, protocol=2))
+        with pytest.raises(KinvecError, match=r"pytorch_model\.bin: damaged, or more than tensors"):
+            load(folder)
+        torch.save(thing, folder / "pytorch_model.bin")
+        with pytest.raises(KinvecError, match=r"pytorch_model\.bin: damaged, or more than tensors"):
+            load(folder)
     assert not (tmp_path / "bomb-went-off").exists()
 
 
@@ -499,6 +509,65 @@ def test_an_old_dense_in_a_torch_file_is_read_as_tensors(good_folder: Path, tmp_
     torch.save(load_file(folder / "2_Dense" / "model.safetensors"), folder / "2_Dense" / "pytorch_model.bin")
     (folder / "2_Dense" / "model.safetensors").unlink()
     assert np.array_equal(load(folder).encode(TEXTS), load(good_folder).encode(TEXTS))
+
+
+def test_weights_in_torch_files_are_read_as_tensors_and_saved_as_safetensors(good_folder: Path, tmp_path: Path) -> None:
+    """As bge-m3 has them, in one file or in parts; safetensors beside them win."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(good_folder / "model.safetensors")
+    for parts in (1, 2):
+        folder = shutil.copytree(good_folder, tmp_path / f"{parts} parts")
+        (folder / "model.safetensors").unlink()
+        names = [f"pytorch_model-0000{i + 1}-of-0000{parts}.bin" for i in range(parts)]
+        names = names if parts > 1 else ["pytorch_model.bin"]
+        place = {key: names[i % parts] for i, key in enumerate(tensors)}
+        for name in names:
+            torch.save({key: value for key, value in tensors.items() if place[key] == name}, folder / name)
+        if parts > 1:
+            index = {"metadata": {}, "weight_map": place}
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        ours = load(folder)
+        assert np.array_equal(ours.encode(TEXTS), load(good_folder).encode(TEXTS))
+        ours.save(tmp_path / "saved")
+        assert not list((tmp_path / "saved").glob("*.bin"))
+    for length in (5000, 0):
+        (folder / names[0]).write_bytes((folder / names[0]).read_bytes()[:length])
+        with pytest.raises(KinvecError, match=r"2 parts.*(damaged|cannot open)"):
+            load(folder)
+    folder = shutil.copytree(good_folder, tmp_path / "both")
+    (folder / "pytorch_model.bin").write_bytes(b"not looked at")
+    assert np.array_equal(load(folder).encode(TEXTS), load(good_folder).encode(TEXTS))
+
+
+REPOSITORY = [
+    "config.json", "modules.json", "tokenizer.json", "vocab.txt", "1_Pooling/config.json", "2_Dense/config.json",
+    "2_Dense/pytorch_model.bin", "sentencepiece.bpe.model", "modeling_own.py", "onnx/model.onnx", "onnx/config.json",
+    "tf_model.h5", "pytorch_model.bin",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "0_Transformer/model.safetensors", None])
+def test_of_a_repository_what_is_needed_is_fetched(
+    weights: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Safetensors, and torch's older file only where there are none; never code."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = REPOSITORY + ([weights] if weights else [])
+
+    def download(name: str, **patterns: Any) -> str:
+        for file in filter_repo_objects(files, **patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert fetch("someone/some-model") == tmp_path
+    fetched = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    unwanted = {"modeling_own.py", "onnx/model.onnx", "onnx/config.json", "tf_model.h5"}
+    assert fetched == set(files) - unwanted - ({"pytorch_model.bin"} if weights else set())
 
 
 @pytest.mark.parametrize(

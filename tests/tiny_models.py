@@ -31,36 +31,62 @@ def byte_tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
+BYTES = "<s> <pad> </s> <unk> <mask>"
+STYLES = {  # style → kind of tokens, special tokens in the order of their ids, what a text is put in
+    "bert": ("pieces", "[PAD] [UNK] [CLS] [SEP] [MASK]", "[CLS] $A [SEP]"),
+    "mpnet": ("pieces", "<s> <pad> </s> [UNK] <mask>", "<s> $A </s>"),
+    "static": ("pieces", "[PAD] [UNK]", "$A"),
+    "roberta": ("bytes", BYTES, "<s> $A </s>"),
+    "decoder": ("bytes", BYTES, "$A"),
+    "ended": ("bytes", BYTES, "$A </s>"),
+    "qwen": ("bytes", BYTES, "$A <pad>"),  # the token that ends a text is the padding too
+    "xlm-roberta": ("unigram", BYTES, "<s> $A </s>"),
+    "albert": ("unigram", "<pad> <unk> [CLS] [SEP] [MASK]", "[CLS] $A [SEP]"),
+    "t5": ("unigram", "<pad> </s> <unk>", "$A </s>"),
+}
+ROLES = {
+    "pad": ("[PAD]", "<pad>"), "unk": ("[UNK]", "<unk>"), "mask": ("[MASK]", "<mask>"), "bos": ("<s>",),
+    "eos": ("</s>",), "cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"),
+}  # fmt: skip
+
+
+@cache
+def unigram_tokenizer_json(special: str) -> str:
+    """A SentencePiece-like tokenizer (pieces of a text with marked word starts), as multilingual models and T5 have."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=VOCABULARY, special_tokens=special.split(), unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(WORDS * 2, trainer)
+    return tokenizer.to_str()
+
+
 def tokenizer_of(style: str, max_length: int = 64) -> Any:
-    """A fast tokenizer: `bert` (word pieces, [CLS] … [SEP]), `roberta` (bytes, <s> … </s>), `decoder` (bytes)."""
+    """A fast tokenizer of one of the STYLES, that never gives an id above the vocabulary of the tiny models."""
     from transformers import PreTrainedTokenizerFast
 
-    if style == "bert":
-        names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-        pieces = [*names.values(), *WORDS, *(chr(c) for c in range(97, 123)), *("##" + chr(c) for c in range(97, 123))]
-        backend = Tokenizer(
-            models.WordPiece({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, unk_token="[UNK]")
-        )
+    kind, names, template = STYLES[style]
+    special = names.split()
+    if kind == "pieces":
+        pieces = [*special, *WORDS, *(chr(c) for c in range(97, 123)), *("##" + chr(c) for c in range(97, 123))]
+        vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+        backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
         backend.normalizer = normalizers.BertNormalizer(lowercase=False)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-        special = {f"{name}_token": token for name, token in names.items()}
-        return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_length, **special)
-    backend = Tokenizer.from_str(byte_tokenizer_json())
-    special = {
-        "pad_token": "<pad>",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
+    else:
+        backend = Tokenizer.from_str(byte_tokenizer_json() if kind == "bytes" else unigram_tokenizer_json(names))
+    if template != "$A":
+        used = [(token, special.index(token)) for token in template.split() if token != "$A"]
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    roles = {
+        f"{role}_token": token
+        for role, tokens in ROLES.items()
+        for token in tokens
+        if token in special and not (kind == "bytes" and role in ("cls", "sep"))
     }
-    if style == "roberta":
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_length, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_length, **roles)
 
 
 ENCODER = {
@@ -133,13 +159,18 @@ def config_of(name: str) -> Any:
 
 def build(name: str, seed: int = 0, spread: float = 0.3, **changes: Any) -> Any:
     """A tiny model with weights random enough (standard deviation `spread`) that a wrong mask shows."""
-    from transformers import AutoModel, T5EncoderModel
-
-    torch.manual_seed(seed)
     config = config_of(name)
     for key, value in changes.items():
         setattr(config, key, value)
-    model = (T5EncoderModel if name == "t5" else AutoModel.from_config)(config)
+    return random_model(config, seed, spread)
+
+
+def random_model(config: Any, seed: int = 0, spread: float = 0.3) -> Any:
+    """The encoder or decoder of a configuration with random weights, matrices of standard deviation `spread`."""
+    from transformers import AutoModel, T5EncoderModel
+
+    torch.manual_seed(seed)
+    model = (T5EncoderModel if config.model_type == "t5" else AutoModel.from_config)(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
