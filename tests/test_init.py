@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_models import WORDS
 
 from kinvec.contracts import KinvecError
 from kinvec.objectives import make_objective
 from kinvec.recipe import load_recipe
-from kinvec.verbs.init import init, suggest
+from kinvec.verbs.init import HOLDS, command, init, suggest
+from kinvec.verbs.train import train
 
 
 def write_pairs(path: Path, rows: int) -> Path:
@@ -52,24 +54,35 @@ def test_a_recipe_is_never_overwritten_unasked(tmp_path: Path) -> None:
     assert "contrastive" in file.read_text()
 
 
-@pytest.mark.parametrize(
-    ("kind", "objective", "rows"),
-    [
-        ("labelled", "triplet", "text,label\nsome text,a\nother text,b\n"),
-        ("pairs", "cosent", "sentence1,sentence2,score\nsome text,a text,3.5\nother text,a word,1\n"),
-    ],
-)
-def test_the_objective_is_one_for_the_data(tmp_path: Path, kind: str, objective: str, rows: str) -> None:
+@pytest.mark.parametrize(("kind", "objective", "rows"), [
+    ("labelled", "triplet", "text,label\nsome text,a\nother text,b\n"),
+    ("pairs", "cosent", "sentence1,sentence2,score\nsome text,a text,3.5\nother text,a word,1\n"),
+    ("texts", "simcse", "text\nsome text\nother text\n"),
+])  # fmt: skip
+def test_the_objective_is_one_for_the_data(
+    tmp_path: Path, kind: str, objective: str, rows: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "rows.csv").write_text(rows)
-    assert init(tmp_path / "recipe.yaml", tmp_path / "rows.csv")["kind"] == kind
+    command(tmp_path / "recipe.yaml", str(tmp_path / "rows.csv"))
+    assert f"2 {HOLDS[kind]} ({kind})" in capsys.readouterr().out
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert recipe.objective.name == objective and make_objective(recipe.objective).kind == kind
 
 
-def test_data_that_cannot_be_trained_on_are_refused_with_a_way_on(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_a_recipe_for_plain_texts_trains(tmp_path: Path, tiny_folder: Path, tiny_pairs: Path) -> None:
     file = tmp_path / "texts.txt"
-    file.write_text("some text\nother text\n")
-    with pytest.raises(KinvecError, match="holds texts.*query and pos_doc"):
+    file.write_text("".join(f"the {word} of a mouse\n" for word in WORDS))
+    init(tmp_path / "mine.yaml", file, model=str(tiny_folder))
+    settings = [f"out={tmp_path / 'run'}", "threads=1", "trainer.max_steps=2", f"data.test={tiny_pairs}"]
+    told = train(tmp_path / "mine.yaml", settings)
+    assert told["training"]["steps"] == 2 and told["results"]
+
+
+def test_bad_data_are_refused_before_a_recipe_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"query": "one", "pos_doc": "its answer"}\n{"query": "two"}\n')
+    with pytest.raises(KinvecError, match=r"pairs.jsonl:2.*pos_doc"):
         init(tmp_path / "recipe.yaml", file)
     assert not (tmp_path / "recipe.yaml").exists()
 

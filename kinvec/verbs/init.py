@@ -29,25 +29,40 @@ seed: 42
 data:
   train: {train}
   # {about}
-  # dev: path/to/dev       # chooses the best checkpoint; without it 10 % of the training queries are held out
-  # test: path/to/test     # judges base and tuned model; without it the test split of a BEIR folder, else another 10 %
-  # columns: {{query: question, pos_doc: answer}}     # where your columns have other names
+{judged}  # columns: {{{columns}}}     # where your columns have other names
   # skip_bad: true         # drop and count bad rows instead of stopping at the first
   # max_length: 256        # tokens at which texts are cut; kinvec check says how many texts that touches
 {objective}
 trainer:
   batch_size: {batch_size}           # {batch_why}
   epochs: {epochs}                # {epochs_why}
-  lr: 2.0e-5               # Sentence-BERT (Reimers and Gurevych 2019); small models bear 3e-5 to 5e-5
-  warmup: 0.1              # share of the steps; the same paper
-  schedule: linear         # the same paper
-  # early_stop: 3          # stop after so many evaluations on dev without a better one
+{rate}  # early_stop: 3          # stop after so many evaluations on dev without a better one
   # memory_budget: 6GiB    # memory for activations; only the speed depends on it
 
 # lora: {{rank: 16}}         # train small adapters instead of all weights: for models that do not fit otherwise
 # evaluate: false          # skip the evaluation before and after
 """
 
+HELD_OUT = """\
+  # dev: path/to/dev       # chooses the best checkpoint; without it 10 % of the training queries are held out
+  # test: path/to/test     # judges base and tuned model; without it the test split of a BEIR folder, else another 10 %
+"""
+NAMED = """\
+  # test: path/to/test     # queries with documents, scored pairs or labels: judges base and tuned model; texts cannot
+  # dev: path/to/dev       # of the same kinds, chooses the best checkpoint; without it the last one is the model
+"""
+COLUMNS = {"labelled": "text: body, label: topic", "pairs": "first: a, second: b", "texts": "text: body"}
+SENTENCE_BERT = """\
+  lr: 2.0e-5               # Sentence-BERT (Reimers and Gurevych 2019); small models bear 3e-5 to 5e-5
+  warmup: 0.1              # share of the steps; the same paper
+  schedule: linear         # the same paper
+"""
+SIMCSE = """\
+  dropout: 0.1             # what makes two embeddings of a text differ; SimCSE (Gao et al. 2021)
+  lr: 3.0e-5               # the same paper, for models as large as BERT base
+  warmup: 0                # the same paper
+  schedule: linear         # the same paper
+"""
 OBJECTIVES = {
     "retrieval": """\
   negatives_per_query: 4   # of the hard negatives a row brings, where it brings any
@@ -72,8 +87,18 @@ objective:
   name: cosent             # cosines in the order of the scores (CoSENT, Huang et al. 2024)
   temperature: 0.05        # sentence-transformers' scale of 20
 """,
+    "texts": """\
+
+objective:
+  name: simcse             # a text should find itself under another dropout mask (Gao et al. 2021)
+  temperature: 0.05        # the same paper
+  # name: mlm              # or go on with pre-training on your texts; a decoder has mntp (kinvec train mntp) and clm
+""",
 }
-HOLDS = {"retrieval": "queries with their documents", "labelled": "texts with their labels", "pairs": "scored pairs"}
+HOLDS = {
+    "retrieval": "queries with their documents", "labelled": "texts with their labels", "pairs": "scored pairs",
+    "texts": "plain texts",
+}  # fmt: skip
 
 
 def init(
@@ -87,8 +112,8 @@ def init(
     """Write a commented recipe to `file`, fitted to `data` where that is given; says what it found and what is next.
 
     With `from_nemo`, a file with the arguments of a NeMo command, the recipe is what that command does. Raises
-    `KinvecError` if the file is there already (and not `force`), if `data` cannot be trained on as it is, or if there
-    are no such arguments.
+    `KinvecError` if the file is there already (and not `force`), if `data` cannot be read, or if there are no such
+    arguments.
     """
     from kinvec.contracts import KinvecError
     from kinvec.files import write_text
@@ -101,7 +126,8 @@ def init(
     found = {"kind": None, "rows": None} if data is None else look_at(data)
     rows, source = found["rows"], "path/to/your/data" if data is None else str(data)
     kind = found["kind"] or "retrieval"
-    batch, batch_why, epochs, epochs_why = suggest(rows)
+    texts = kind == "texts"
+    batch, batch_why, epochs, epochs_why = FOR_TEXTS if texts else suggest(rows)
     text = RECIPE.format(
         file=path, model=_quoted(model), out=_quoted(f"runs/{path.stem}"), train=_quoted(source),
         about=(
@@ -109,6 +135,8 @@ def init(
             if rows is None
             else f"{rows:,} {HOLDS[kind]}"
         ),
+        judged=NAMED if texts else HELD_OUT, columns=COLUMNS.get(kind, "query: question, pos_doc: answer"),
+        rate=SIMCSE if texts else SENTENCE_BERT,
         objective=OBJECTIVES[kind], batch_size=batch, batch_why=batch_why, epochs=epochs, epochs_why=epochs_why,
     )  # fmt: skip
     write_text(path, text)
@@ -139,17 +167,13 @@ def _quoted(text: str) -> str:
 
 
 def look_at(data: str | Path) -> dict[str, Any]:
-    """Kind and number of rows. Raises `KinvecError` where the data are of no kind that can be trained on."""
-    from kinvec.contracts import KinvecError
+    """Kind and number of rows. Raises `KinvecError` where the data are not as they should be."""
     from kinvec.files import detect_kind, open_data
 
-    kind = detect_kind(data)
-    if kind not in OBJECTIVES:
-        raise KinvecError(f"{data} holds {kind}, and a recipe needs {', '.join(HOLDS.values())}; {REMEDIES[kind]}")
-    return {"kind": kind, "rows": len(open_data(data))}
+    return {"kind": detect_kind(data), "rows": len(open_data(data))}
 
 
-REMEDIES = {"texts": "give rows of query and pos_doc, for example a title and its text"}
+FOR_TEXTS = 64, "texts that compete in a step; the same paper", 1, "the same paper, of a million sentences"
 
 
 def suggest(rows: int | None) -> tuple[int, str, int, str]:
