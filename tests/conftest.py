@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,30 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoModelForCausalLM.from_config(config_of("llama")).save_pretrained(folder)
     tokenizer_of("decoder").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain Hugging Face BERT whose vocabulary is what its tokenizer has."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("nemo") / "bert"
+    save_plain("bert", folder, "bert", max_length=32)
+    words = len(AutoTokenizer.from_pretrained(folder))
+    shutil.rmtree(folder)
+    return save_plain("bert", folder, "bert", max_length=32, vocab_size=words)
+
+
+@pytest.fixture(scope="session")
+def archives(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """That BERT as kinvec writes it as `.nemo`: mcore and non-mcore."""
+    import kinvec
+
+    folder = tmp_path_factory.mktemp("archives")
+    made = {mcore: folder / f"{'mcore' if mcore else 'other'}.nemo" for mcore in (True, False)}
+    for mcore, path in made.items():
+        kinvec.convert(bert, path, mcore=mcore)
+    return made
 
 
 @pytest.fixture(scope="session")
