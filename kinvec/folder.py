@@ -81,12 +81,13 @@ def _pooling(folder: Path, modules: Any, model: Any) -> tuple[tuple[str, ...], b
         architecture = (getattr(model.config, "architectures", None) or [""])[0]
         causal = architecture.endswith("ForCausalLM") and getattr(model.config, "is_causal", True)
         return ("lasttoken",) if causal else ("mean",), True
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    kinds = [_kind(module) for module in modules]
     unknown = [kind for kind in kinds if kind not in KNOWN_MODULES]
     if unknown or kinds[:2] != ["Transformer", "Pooling"]:
         what = unknown[0] if unknown else " → ".join(kinds)
         raise KinvecError(
-            f"{folder / 'modules.json'}: module '{what}' is not supported ({', '.join(sorted(KNOWN_MODULES))} are)"
+            f"{folder / 'modules.json'}: module '{what}' is not supported (sentence-transformers' "
+            f"{', '.join(sorted(KNOWN_MODULES))} are)"
         )
     config = read_json(folder / modules[1]["path"] / "config.json")
     modes = config.get("pooling_mode")
@@ -98,9 +99,15 @@ def _pooling(folder: Path, modules: Any, model: Any) -> tuple[tuple[str, ...], b
     return chosen, bool(config.get("include_prompt", True))
 
 
+def _kind(module: dict[str, Any]) -> str:
+    """A module's name; in full where it is the model's own code, which may do anything and is not run."""
+    library, _, name = module["type"].rpartition(".")
+    return name if library.split(".")[0] == "sentence_transformers" else module["type"]
+
+
 def head_module(folder: Path, module: dict[str, Any]) -> nn.Module | None:
     """A module after pooling; nothing for dropout, which is for training only."""
-    kind, place = module["type"].rsplit(".", 1)[-1], folder / module["path"]
+    kind, place = _kind(module), folder / module["path"]
     if kind == "Normalize":
         return Normalize()
     return _dense(place) if kind == "Dense" else None

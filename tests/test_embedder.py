@@ -425,7 +425,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (lambda f: cut_short(f / "model.safetensors"), r"model\.safetensors: .*(damaged|cut)"),
     "a tensor is missing": (lambda f: drop_tensor(f / "model.safetensors"), r"lack 2 tensors, \S*layer\.1\.attention"),
     "unknown module": (typed(1, "sentence_transformers.models.LSTM"), r"modules\.json: module 'LSTM' is not supported"),
-    "foreign module": (typed(3, "my_code.Twist"), r"modules\.json: module 'Twist' is not supported"),
+    "foreign module": (typed(3, "my_code.Twist"), r"modules\.json: module 'my_code\.Twist' is not supported"),
+    "foreign module of a known name": (
+        typed(0, "my_code.Transformer"),
+        r"module 'my_code\.Transformer' is not supported",
+    ),
     "modules no JSON": (written("modules.json", "[{"), r"modules\.json: not valid JSON"),
     "config no JSON": (written("config.json", "{"), r"good: cannot open"),
     "no pooling config": (without(POOL), r"1_Pooling.config\.json: the file is missing"),
