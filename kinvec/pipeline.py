@@ -132,7 +132,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     for one in (settings["data"], *settings["data"]["sets"].values()):
         for key in ("train", "dev", "test"):
             one.pop(key)
-    for key in ("trackers", "memory_budget", "keep"):
+    for key in ("trackers", "memory_budget", "keep", "keep_best"):
         settings["trainer"].pop(key)
     return settings
 

@@ -54,7 +54,7 @@ class TrainerSettings(Settings):
     """Steps of linear warm-up; below 1 it is a share of all steps."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls after warm-up."""
-    min_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(0.0, ge=0, le=1)
     """Where the schedule ends, as a share of the peak."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's decoupled decay of matrices (biases and norms have none)."""
@@ -67,7 +67,9 @@ class TrainerSettings(Settings):
     save_every: int = Field(200, ge=1)
     """Steps between checkpoints."""
     keep: int = Field(2, ge=1)
-    """Checkpoints kept besides the best."""
+    """Newest checkpoints kept, besides the best."""
+    keep_best: int = Field(1, ge=1)
+    """Best checkpoints kept, by the first measure on dev."""
     eval_every: int | None = None
     """Steps between evaluations on dev; unset, once an epoch; 0, never."""
     early_stop: int = Field(0, ge=0)
@@ -96,6 +98,7 @@ class Progress:
     step: int = 0
     best_step: int = 0
     best_score: float = -math.inf
+    best: list[dict[str, Any]] = field(default_factory=list)  # step and score of those kept, best first
     stale: int = 0
     chunk_tokens: int = CHUNK_TOKENS
     halvings: list[dict[str, int]] = field(default_factory=list)
@@ -131,6 +134,7 @@ def fit(
     shares = source.plan(settings.batch_size, total) if len(source.sets) > 1 else {}
     for name, told in shares.items():
         say(f"{name}: {told['rows']:,} rows, {told['share']:.0%} of the training, {told['passes']:g} passes")
+    _warn_of_schedule(total, settings)
     trackers, held = open_trackers(list(settings.trackers), run), 0.0
     with _stopping() as stopped, progress("training", total, state.step) as bar, open(run / "log.jsonl", "a") as log:
         while state.step < total and not (settings.early_stop and state.stale >= settings.early_stop):
@@ -146,7 +150,7 @@ def fit(
             held = release_above(held, row["memory_gb"], state.step, embedder.device)
             due = bool(evaluate and every and (state.step % every == 0 or state.step == total))
             if due and evaluate:
-                row["dev"] = _evaluate(embedder, evaluate, state)
+                row["dev"] = _evaluate(embedder, evaluate, state, settings.keep_best)
             log.write(json.dumps(row) + "\n")
             log.flush()
             for track in trackers:
@@ -161,8 +165,9 @@ def fit(
         _restore_best(run, embedder, state)
     return {
         "steps": state.step, "seconds": round(state.seconds, 2), "best_step": state.best_step or state.step,
-        "best_score": state.best_score if state.best_step else None, "chunk_tokens": state.chunk_tokens,
-        "halvings": state.halvings, "bytes_per_token": round(plan[0]), **({"sets": shares} if shares else {}),
+        "best_score": state.best_score if state.best_step else None, "best": state.best,
+        "chunk_tokens": state.chunk_tokens, "halvings": state.halvings, "bytes_per_token": round(plan[0]),
+        **({"sets": shares} if shares else {}),
     }  # fmt: skip
 
 
@@ -186,9 +191,25 @@ def make_optimizer(embedder: Embedder, settings: TrainerSettings) -> torch.optim
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, fused=True)
 
 
+def warmup_steps(total: int, settings: TrainerSettings) -> int:
+    """How many of the steps warm up."""
+    return math.ceil(settings.warmup if settings.warmup >= 1 else settings.warmup * total)
+
+
+def _warn_of_schedule(total: int, settings: TrainerSettings) -> None:
+    warmup = warmup_steps(total, settings)
+    if warmup >= total:
+        say(
+            f"warning: warm-up takes {warmup:,} of {total:,} steps, so the learning rate never reaches trainer.lr; "
+            "lower trainer.warmup"
+        )
+    if settings.min_lr == 1 and settings.schedule != "constant":
+        say("warning: trainer.min_lr is a share of the peak, and at 1 the learning rate does not fall")
+
+
 def learning_rate(step: int, total: int, settings: TrainerSettings) -> float:
     """The rate of step `step`, counted from 0: linear warm-up, then the schedule down to `min_lr` of the peak."""
-    warmup = settings.warmup if settings.warmup >= 1 else math.ceil(settings.warmup * total)
+    warmup = warmup_steps(total, settings)
     if step < warmup:
         return settings.lr * step / max(warmup, 1)
     done = (step - warmup) / max(total - warmup, 1)
@@ -313,7 +334,7 @@ def _plan(embedder: Embedder, source: Mixture, settings: TrainerSettings, state:
     return bytes_per_token, memory_budget(settings.memory_budget, embedder.device)
 
 
-def _evaluate(embedder: Embedder, evaluate: Evaluate, state: Progress) -> dict[str, float]:
+def _evaluate(embedder: Embedder, evaluate: Evaluate, state: Progress, keep: int) -> dict[str, float]:
     """Dev metrics, with the random state put back, so that evaluating more often trains the same model."""
     random_state = torch.get_rng_state()
     metrics = evaluate(embedder)
@@ -323,6 +344,8 @@ def _evaluate(embedder: Embedder, evaluate: Evaluate, state: Progress) -> dict[s
     shown = [key for number, key in enumerate(metrics) if number == 0 or key.endswith("val_loss")]
     say(f"step {state.step:,}: dev " + ", ".join(f"{key} {metrics[key]:.4f}" for key in shown))
     better = score > state.best_score
+    scored = [*state.best, {"step": state.step, "score": score}]
+    state.best = sorted(scored, key=lambda one: (-one["score"], one["step"]))[:keep]
     state.stale = 0 if better else state.stale + 1
     if better:
         state.best_step, state.best_score = state.step, score
@@ -348,7 +371,7 @@ def _save(
 ) -> None:
     folder = run / "checkpoints"
     newest = [step for step, _ in checkpoint.steps(folder)][-(settings.keep - 1) :] if settings.keep > 1 else []
-    keep = {*newest, state.best_step}
+    keep = {*newest, state.best_step, *(one["step"] for one in state.best)}
     checkpoint.save(
         folder, state.step, _tensors(embedder, optimizer), vars(state) | {"best_score": _finite(state.best_score)}, keep
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kinvec.contracts import KinvecError
-from kinvec.formats.nemo_recipe import CARRIED, WITHOUT, read_overrides, recipe_of
+from kinvec.formats.nemo_recipe import CARRIED, WITHOUT, collapses, read_overrides, recipe_of
 from kinvec.recipe import load_recipe
 from kinvec.verbs.init import init
 
@@ -59,6 +59,8 @@ def test_the_documented_bert_command_is_the_shipped_recipe(tmp_path: Path) -> No
     assert all(f"#   {key}: " in text for key in told["left"])
     assert told["left"]["model.micro_batch_size"].startswith("a batch need not fit into memory")
     assert told["left"]["trainer.max_steps"].startswith("NeMo stops at whichever comes first")
+    collapse = "with constant_steps=50,000 NeMo's rate is at its minimum, 1e-08, from step 101 of 10,000 on"
+    assert [text.partition(";")[0] for text in told["warnings"]] == [collapse] and f"# Warning: {collapse}" in text
 
 
 def test_the_documented_gpt_command_is_the_shipped_recipe(tmp_path: Path) -> None:
@@ -70,6 +72,32 @@ def test_the_documented_gpt_command_is_the_shipped_recipe(tmp_path: Path) -> Non
     )
     assert load_recipe(tmp_path / "gpt.yaml") == shipped
     assert set(told["left"]) == {"model.micro_batch_size", "trainer.devices", "trainer.num_nodes"}
+    peak = "warm-up takes 50 of 20 steps, so the peak rate is never reached; lower trainer.warmup"
+    assert told["warnings"] == [peak]
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    ("model.data.data_train=a.json trainer.max_steps=60000", ["from step 10,001 of 60,000 on"]),
+    ("model.data.data_train=a.json model.optim.sched.constant_steps=0", []),
+    ("model.data.data_train=a.json model.optim.sched.constant_steps=0 model.optim.lr=5e-6", ["is not below lr=5e-06"]),
+    ("model.data.train_ds.file_names=a.jsonl", []),
+    ("model.data.train_ds.file_names=a.jsonl model.optim.sched.constant_steps=100", ["from step 19,901 of 20,000 on"]),
+])  # fmt: skip
+def test_a_schedule_of_theirs_that_collapses_is_said(overrides: str, said: list[str]) -> None:
+    found = collapses(read_overrides(overrides))
+    assert len(found) == len(said) and all(part in text for part, text in zip(said, found, strict=True))
+    settings, _ = recipe_of(read_overrides(overrides))
+    assert 0 <= settings["trainer.min_lr"] <= 1
+
+
+def test_what_saves_memory_and_which_checkpoints_are_kept_is_carried() -> None:
+    more = "model.activations_checkpoint_granularity=full model.activations_checkpoint_method=uniform"
+    kept = "exp_manager.checkpoint_callback_params.save_top_k"
+    settings, left = recipe_of(read_overrides(f"{more} {kept}=5 model.megatron_amp_O2=True"))
+    assert settings["trainer.gradient_checkpointing"] is True and settings["trainer.keep_best"] == 5
+    assert "lora.base=bf16" in left["model.megatron_amp_O2"]
+    assert left["model.activations_checkpoint_method"].startswith("all layers are checkpointed, or none")
+    assert "trainer.keep_best" not in recipe_of(read_overrides(f"{kept}=-1"))[0]  # all of them, there
 
 
 def test_other_settings_of_a_gpt_command_win_over_its_configurations(tmp_path: Path) -> None:

@@ -248,6 +248,45 @@ def test_early_stopping_keeps_the_best_by_dev(tmp_path: Path, tiny_folder: Path,
     assert repeated["steps"] == 8 and same(weights_of(again), seen[4])  # a finished training is not trained on
 
 
+def test_the_best_checkpoints_are_kept_beside_the_newest(tmp_path: Path, tiny_folder: Path, tiny_pairs: Path) -> None:
+    """Two of the best, of equals the first; also by a run that was stopped after step 6."""
+    scores = {2: 0.4, 4: 0.1, 6: 0.5, 8: 0.3, 10: 0.4, 12: 0.2}
+    settings: dict[str, Any] = {"eval_every": 2, "save_every": 3, "keep": 1, "keep_best": 2}
+
+    def kept(folder: Path) -> list[int]:
+        return [step for step, _ in checkpoint.steps(folder / "checkpoints")]
+
+    for folder, ends in (("whole", (12,)), ("stopped", (6, 12))):
+        seen = iter(range(2, 14, 2))
+
+        def evaluate(model: Embedder, seen: Any = seen) -> dict[str, float]:
+            return {"nDCG@10": scores[next(seen)]}
+
+        for end in ends:
+            _, found = run_fit(tmp_path / folder, tiny_folder, tiny_pairs, evaluate, max_steps=end, **settings)
+            assert end == 12 or kept(tmp_path / folder) == [2, 6]
+        assert kept(tmp_path / folder) == [2, 6, 12] and found["best_step"] == 6
+        assert found["best"] == [{"step": 6, "score": 0.5}, {"step": 2, "score": 0.4}]
+        checkpoint.read_values(tmp_path / folder / "checkpoints" / "step-00000002")  # whole, as its checksums say
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"warmup": 6}, "warning: warm-up takes 6 of 6 steps, so the learning rate never reaches trainer.lr; lower"),
+    ({"warmup": 100}, "warning: warm-up takes 100 of 6 steps"),
+    ({"warmup": 5}, None),
+    ({"schedule": "linear", "min_lr": 1.0}, "warning: trainer.min_lr is a share of the peak, and at 1 the learning"),
+    ({"schedule": "constant", "min_lr": 1.0}, None),
+])  # fmt: skip
+def test_a_schedule_that_collapses_is_said(
+    tmp_path: Path, tiny_folder: Path, tiny_pairs: Path, capsys: Any, settings: dict[str, Any], said: str | None
+) -> None:
+    run_fit(tmp_path, tiny_folder, tiny_pairs, **settings)
+    told = capsys.readouterr().err
+    assert said in told if said else "warning" not in told
+    if settings.get("warmup", 0) >= 6:
+        assert max(row["lr"] for row in log_of(tmp_path)) < FAST["lr"]
+
+
 def oom_at(calls: set[int]) -> Callable[[Embedder], Callable[..., Tensor]]:
     """A stand-in for the trainer's embedding call that is out of memory at the given calls."""
     real, count = kinvec.trainer._embed, iter(range(10**6))

@@ -7,7 +7,7 @@ earlier `megatron_bert_config` for Sentence-BERT.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -74,12 +74,18 @@ CARRIED: dict[str, Carry] = {
     "exp_manager.explicit_log_dir": _to("out"),
     "exp_manager.exp_dir": _to("out"),
     "exp_manager.create_wandb_logger": lambda value: {"trainer.trackers": ["wandb"]} if value else {},
-    "exp_manager.checkpoint_callback_params.save_top_k": _to("trainer.keep"),
+    "exp_manager.checkpoint_callback_params.save_top_k": lambda value: (
+        {"trainer.keep_best": value} if value > 0 else {}
+    ),
+    "model.activations_checkpoint_granularity": lambda value: {"trainer.gradient_checkpointing": True},
 }
 WITHOUT: dict[str, str] = {  # pattern → why it has no counterpart
     "model.optim.sched.constant_steps": "no stretch is constant: its default of 50,000 ends the decay after warm-up",
     "model.optim.sched.monitor": "the schedule follows steps, not a measure",
     "model.optim.sched.reduce_on_plateau": "the schedule follows steps, not a measure",
+    "model.activations_checkpoint_*": "all layers are checkpointed, or none: trainer.gradient_checkpointing",
+    "model.megatron_amp_O2": "the frozen base of adapters in half precision: lora.base=bf16",
+    "exp_manager.checkpoint_callback_params.*": "checkpoints are named by step, and nDCG@10 on dev ranks them",
     "model.peft.peft_scheme": "adapters are LoRA's",
     "model.micro_batch_size": "a batch need not fit into memory; chunks are cut by the planner",
     "model.optim.name": "AdamW is the optimiser",
@@ -177,17 +183,15 @@ def recipe_of(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, s
     What the overrides leave open is as NeMo's own configuration has it: that of the GPT embedding model where a key of
     its data or adapters is among them, else of the BERT embedding model.
     """
-    gpt = any(key.startswith(GPT_KEYS) for key in overrides)
-    settings: dict[str, Any] = dict(GPT_CODE if gpt else BERT_CODE)
+    settings: dict[str, Any] = dict(GPT_CODE if _is_gpt(overrides) else BERT_CODE)
     left = {key: "it is empty" for key, value in overrides.items() if value is None}
-    given = {key: value for key, value in overrides.items() if value is not None}
-    for key, value in ((GPT_DEFAULTS if gpt else BERT_DEFAULTS) | given).items():
+    for key, value in _resolved(overrides).items():
         if key in CARRIED:
             settings |= CARRIED[key](value)
         else:
             reasons = (why for pattern, why in WITHOUT.items() if fnmatchcase(key, pattern))
             left[key] = next(reasons, "nothing here corresponds to it")
-    settings["trainer.min_lr"] = round(settings.pop("min_lr") / settings["trainer.lr"], 6)
+    settings["trainer.min_lr"] = min(round(settings.pop("min_lr") / settings["trainer.lr"], 6), 1.0)
     if "lora.rank" in settings:
         settings.setdefault("lora.alpha", settings["lora.rank"])  # NeMo's default
     if "trainer.epochs" in settings:
@@ -199,8 +203,43 @@ def recipe_of(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, s
     return settings, left
 
 
-def write_recipe(settings: Mapping[str, Any], left: Mapping[str, str], source: str, file: str) -> str:
-    """The recipe as YAML, with a comment for every key that was not carried."""
+def _is_gpt(overrides: Mapping[str, Any]) -> bool:
+    return any(key.startswith(GPT_KEYS) for key in overrides)
+
+
+def _resolved(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides that say something, over NeMo's own configuration."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return (GPT_DEFAULTS if _is_gpt(overrides) else BERT_DEFAULTS) | given
+
+
+def collapses(overrides: Mapping[str, Any]) -> list[str]:
+    """Where the command's own learning rate does not do what it seems to: a sentence each.
+
+    NeMo's cosine falls over max_steps − (warmup_steps + constant_steps) steps and is at its minimum from then on.
+    """
+    known, schedule = _resolved(overrides), "model.optim.sched."
+    steps, warmup = int(known["trainer.max_steps"]), int(known[f"{schedule}warmup_steps"])
+    constant = int(known.get(f"{schedule}constant_steps", 0 if _is_gpt(overrides) else 50_000))
+    lowest, peak, found = known[f"{schedule}min_lr"], known["model.optim.lr"], []
+    if warmup >= steps:
+        found.append(
+            f"warm-up takes {warmup:,} of {steps:,} steps, so the peak rate is never reached; lower trainer.warmup"
+        )
+    elif constant > 0 and lowest < peak:
+        found.append(
+            f"with constant_steps={constant:,} NeMo's rate is at its minimum, {lowest:g}, from step "
+            f"{max(steps - constant, warmup) + 1:,} of {steps:,} on; here it falls over all steps"
+        )
+    if lowest >= peak:
+        found.append(f"min_lr={lowest:g} is not below lr={peak:g}, so the rate does not fall; lower trainer.min_lr")
+    return found
+
+
+def write_recipe(
+    settings: Mapping[str, Any], left: Mapping[str, str], warnings: Sequence[str], source: str, file: str
+) -> str:
+    """The recipe as YAML, with a comment for every warning and every key that was not carried."""
     needed = {"model": "path/to/model", "data.train": "path/to/train.json", "out": "runs/mine"}
     nested: dict[str, Any] = {}
     for key, value in (needed | dict(settings)).items():
@@ -210,6 +249,7 @@ def write_recipe(settings: Mapping[str, Any], left: Mapping[str, str], source: s
             place = place.setdefault(part, {})
         place[last] = value
     head = [f"# From the NeMo overrides in {source}.", f"#   kinvec train {file}"]
+    head += [f"# Warning: {text}" for text in warnings]
     notes = [f"#   {key}: {why}" for key, why in left.items()]
     notes = ["# Not carried over:", *notes] if notes else []
     return "\n".join([*head, *notes]) + "\n" + yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)

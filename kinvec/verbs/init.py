@@ -146,13 +146,17 @@ def init(
 def _from_nemo(path: Path, source: Path) -> dict[str, Any]:
     from kinvec.files import write_text
     from kinvec.files.sources import existing
-    from kinvec.formats.nemo_recipe import read_overrides, recipe_of, write_recipe
+    from kinvec.formats.nemo_recipe import collapses, read_overrides, recipe_of, write_recipe
 
-    settings, left = recipe_of(read_overrides(existing(str(source)).read_text("utf-8")))
-    write_text(path, write_recipe(settings, left, str(source), str(path)))
+    overrides = read_overrides(existing(str(source)).read_text("utf-8"))
+    settings, left = recipe_of(overrides)
+    warnings = collapses(overrides)
+    write_text(path, write_recipe(settings, left, warnings, str(source), str(path)))
     data = settings.get("data.train", "path/to/train.json")
     next_steps = [f"kinvec check {data}", f"kinvec train {path}"]
-    return {"file": str(path), "kind": None, "rows": None, "left": left, "next": next_steps}
+    return {
+        "file": str(path), "kind": None, "rows": None, "left": left, "warnings": warnings, "next": next_steps,
+    }  # fmt: skip
 
 
 def _quoted(text: str) -> str:
@@ -200,6 +204,8 @@ def command(
     told = init(file, data, model=model, from_nemo=from_nemo, force=force)
     if told["rows"] is not None:
         print(f"{data}: {told['rows']:,} {HOLDS[told['kind']]} ({told['kind']})")
+    for text in told.get("warnings", ()):
+        print(f"warning: {text}")
     for key, why in told.get("left", {}).items():
         print(f"not carried over: {key} ({why})")
     print(f"wrote {told['file']}; next:")
