@@ -248,7 +248,7 @@ def described(model: Model) -> tuple[str, ...]:
     form = model.form
     kind, parts = form.config.removesuffix("Config"), [form.pooling]
     parts += [part.lower() if isinstance(part, str) else "dense" for part in form.after]
-    if form.modules and not form.modules[0].endswith("Transformer"):
+    if form.modules and not form.modules[0].endswith(".Transformer"):
         kind, parts = form.modules[0].rsplit(".", 1)[-1], []
     return f"`{model.name}`", model.downloads, kind, " → ".join(parts)
 
@@ -350,6 +350,9 @@ authors'. A model whose architecture only its code knows is refused in one sente
 ## What does not work
 
 {failures}
+
+jina-embeddings-v3 is published a second time in transformers' own form (`jinaai/jina-embeddings-v3-hf`, above), which
+works. Static embeddings have no transformer to train; CLIP's images and SPLADE's sparse vectors are another subject.
 
 ## Made with
 
