@@ -19,6 +19,7 @@ _PUBLIC = {  # name → the module that holds it; imported when first asked for,
     "convert": "kinvec.verbs.convert",
     "info": "kinvec.verbs.info",
     "prepare": "kinvec.verbs.prepare",
+    "mine": "kinvec.verbs.mine",
     "init": "kinvec.verbs.init",
     "demo": "kinvec.verbs.demo",
 }

@@ -15,6 +15,7 @@ VERBS = {
     "init": "Write a commented recipe for your own data.",
     "check": "Say what is wrong with training data: file, line and remedy.",
     "prepare": "Cut raw text into training texts.",
+    "mine": "Find hard negatives for your queries, and say how far they can be trusted.",
     "train": "Train an embedding model on your data, and prove that it got better.",
     "evaluate": "Measure a model on retrieval or similarity data, query by query.",
     "compare": "Compare two results: difference, interval, p-value, wins and losses.",

@@ -24,7 +24,7 @@ from kinvec.config import differences, dump
 from kinvec.console import say
 from kinvec.contracts import KinvecError, RecipeError, RetrievalData
 from kinvec.embedder import Embedder, add_language_head, configure, open_folder, unrounded, with_prompts
-from kinvec.files import content_fingerprint, replace_folder, write_json, write_text
+from kinvec.files import content_fingerprint, replace_folder, sweep, write_json, write_text
 from kinvec.folder import save_adapter
 from kinvec.pooling import Normalize
 from kinvec.recipe import Recipe
@@ -97,7 +97,7 @@ def claim_folder(recipe: Recipe, data: RunData, embedder: Embedder, force: bool)
             raise KinvecError(f"{folder}: the folder is not empty and not a run of kinvec; choose another out=")
         if not force:
             _same_run(folder, identity)
-            _sweep(folder)
+            sweep(folder)
             return folder
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -149,15 +149,6 @@ def _same_run(folder: Path, identity: Mapping[str, Any]) -> None:
     before = json.loads((folder / "environment.json").read_text("utf-8")).get("threads")
     if before != torch.get_num_threads():
         say(f"warning: begun with {before} threads, continued with {torch.get_num_threads()}: last bits may differ")
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed process left beside the files it was writing."""
-    for path in list(folder.rglob(".*.tmp")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def environment(embedder: Embedder) -> dict[str, Any]:

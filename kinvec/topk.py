@@ -48,7 +48,7 @@ def top_k(
         for q in range(0, len(queries), QUERY_ROWS):
             rows = slice(q, q + QUERY_ROWS)
             scores, error = queries[rows] @ block.T, _product_error(queries[rows], block)
-            exact = partial(_pair_scores, queries[rows], block)
+            exact = partial(pair_scores, queries[rows], block)
             so_far = best[0][rows], best[1][rows]
             best[0][rows], best[1][rows] = keep_best(so_far, scores, start, tie_rank, error, exact)
         start += len(block)
@@ -111,14 +111,14 @@ def _product_error(queries: np.ndarray, block: np.ndarray) -> Float32[np.ndarray
     return bound.astype(np.float32)
 
 
-def _pair_scores(
-    queries: np.ndarray, block: np.ndarray, row: Int64[np.ndarray, " p"], column: Int64[np.ndarray, " p"]
+def pair_scores(
+    queries: np.ndarray, documents: np.ndarray, row: Int64[np.ndarray, " p"], column: Int64[np.ndarray, " p"]
 ) -> Float32[np.ndarray, " p"]:
-    """Inner products of the pairs (query, document), in float64, rounded."""
+    """Inner products of the pairs (query, document), in float64, rounded: as `top_k` scores them."""
     scores = np.empty(len(row), dtype=np.float32)
     for start in range(0, len(row), PAIR_ROWS):
         pairs = slice(start, start + PAIR_ROWS)
-        scores[pairs] = np.einsum("pd,pd->p", queries[row[pairs]], block[column[pairs]], dtype=np.float64)
+        scores[pairs] = np.einsum("pd,pd->p", queries[row[pairs]], documents[column[pairs]], dtype=np.float64)
     return scores
 
 

@@ -25,10 +25,12 @@ from kinvec.files.writing import (
     normalise,
     replace_folder,
     saying_full,
+    sweep,
     text_id,
     text_key,
     text_keys,
     write_json,
+    write_lines,
     write_text,
 )
 
@@ -50,9 +52,11 @@ __all__ = [
     "read_queries",
     "replace_folder",
     "saying_full",
+    "sweep",
     "text_id",
     "text_key",
     "text_keys",
     "write_json",
+    "write_lines",
     "write_text",
 ]

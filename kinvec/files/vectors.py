@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Float
 
 from kinvec.config import differences
+from kinvec.console import say
 from kinvec.contracts import KinvecError, Qrels
 from kinvec.files.writing import beside_path, replace_folder, write_json
 
@@ -163,6 +164,32 @@ def finish(folder: Path, state: Mapping[str, Any], about: Mapping[str, Any]) -> 
     write_json(folder / MANIFEST, manifest)
     (folder / PROGRESS).unlink(missing_ok=True)
     return manifest
+
+
+Source = Callable[[], Iterator[tuple[str, str]]]
+
+
+def kept(
+    folder: Path, sides: Mapping[str, tuple[Source, Callable[[Sequence[str]], np.ndarray]]], settings: Mapping[str, Any]
+) -> dict[str, Vectors]:
+    """The vectors of every side's texts, kept in `folder`: those that are there if model and texts are the same.
+
+    A folder that was left half-way is continued; one of other `settings` is made anew, and said so. Raises
+    `KinvecError` for a folder of other things.
+    """
+    refuse_foreign(folder)
+    state = read_state(folder)
+    if state is not None and state["settings"] != dict(settings):
+        say(f"{folder}: the vectors there are of another model or other texts; encoding anew")
+        state = None
+    if state is None:
+        with listed(folder, {side: texts() for side, (texts, _) in sides.items()}, ()) as (beside, rows):
+            state = begin(folder, beside, rows, settings) | {"finished": False}
+    if not state.pop("finished"):
+        for side, (texts, encode) in sides.items():
+            write_side(folder, side, state["rows"][side], texts(), encode)
+        finish(folder, state, {})
+    return {side: open_vectors(folder, side) for side in sides}
 
 
 def shard_names(side: str, rows: int) -> list[str]:

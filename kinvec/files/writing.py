@@ -23,12 +23,17 @@ CHUNK_BYTES = 1 << 20
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write `text` as UTF-8 in one step: beside the place, synced, renamed. Missing parent folders are made."""
+    return write_lines(path, [text], end="")
+
+
+def write_lines(path: str | Path, lines: Iterable[str], end: str = "\n") -> Path:
+    """Write lines, one held at a time, as `write_text` writes a text."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = beside_path(path)
     try:
         with open(beside, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+            file.writelines(f"{line}{end}" for line in lines)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -58,6 +63,15 @@ def replace_folder(tmp: str | Path, final: str | Path) -> Path:
         raise
     shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what a killed process left beside the files it was writing."""
+    for path in list(Path(folder).rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def beside_path(path: Path) -> Path:

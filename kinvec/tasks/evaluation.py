@@ -36,7 +36,7 @@ def retrieval(data: RetrievalData, encoder: Encoder, measures: Sequence[str] = (
     check_problem(data)
     ranked, triplets = chosen(data.qrels, measures, MEASURES)
     depth = search_depth(ranked)
-    scale = _scaling(getattr(encoder, "similarity", "cosine"))
+    scale = scaling(getattr(encoder, "similarity", "cosine"))
     seconds: dict[str, float] = {}
     with timed(seconds, "encode_queries"):
         queries = scale(encoder.encode_queries([data.queries[query] for query in data.qrels]))
@@ -74,7 +74,7 @@ def from_vectors(
     """
     check_problem(data)
     ranked, triplets = chosen(data.qrels, measures, MEASURES)
-    scale, seconds = _scaling(similarity), dict[str, float]()
+    scale, seconds = scaling(similarity), dict[str, float]()
     asked = scale(np.concatenate([np.asarray(part) for part in queries[1]])[_rows_of(data.qrels, queries[0], "query")])
     corpus_rows = _rows_of(documents[0], data.corpus.ids, "embedded document")
     _rows_of(data.corpus.ids, documents[0], "document")  # every one must be there, or the search is another one
@@ -139,7 +139,8 @@ def describe(result: Result, encoder: Encoder) -> None:
     result.versions = versions()
 
 
-def _scaling(similarity: str) -> Callable[[np.ndarray], Float32[np.ndarray, "n d"]]:
+def scaling(similarity: str) -> Callable[[np.ndarray], Float32[np.ndarray, "n d"]]:
+    """What makes inner products of vectors this similarity. Raises `RecipeError` for an unknown one."""
     if similarity not in SIMILARITIES:
         known = " and ".join(SIMILARITIES)
         raise KinvecError(f"the model asks for the similarity '{similarity}'; search knows {known}")

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from kinvec.console import progress
-from kinvec.contracts import Result, RetrievalData
+from kinvec.contracts import Corpus, Result, RetrievalData
 from kinvec.tasks.rankings import MEASURES, check_problem, from_rankings, search_depth, timed, versions
 from kinvec.topk import empty_best, keep_best, rank_ids
 
@@ -30,30 +30,31 @@ def bm25(data: RetrievalData, measures: Sequence[str] = MEASURES) -> Result:
         check_problem(data)
         seconds: dict[str, float] = {}
         with timed(seconds, "search"):
-            best = _rankings(data, search_depth(measures))
+            best = rankings([data.queries[query] for query in data.qrels], data.corpus, search_depth(measures))
         result = from_rankings(data, *best, measures)
         result.model, result.timing, result.versions = "BM25", seconds, versions()
         _RESULTS[key] = result
     return _RESULTS[key]
 
 
-def _rankings(data: RetrievalData, k: int) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
+def rankings(
+    queries: Sequence[str], corpus: Corpus, k: int
+) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
+    """BM25 scores and rows of the corpus for each query, best first; minus infinity and −1 where there are fewer."""
     import bm25s
     import Stemmer  # type: ignore[import-not-found]  # a C extension without stubs
 
-    k = min(k, len(data.corpus))
-    best_scores, best_rows = empty_best(len(data.qrels), k)
+    k = min(k, len(corpus))
+    best_scores, best_rows = empty_best(len(queries), k)
     tokenizer = bm25s.tokenization.Tokenizer(stopwords="en", stemmer=Stemmer.Stemmer("english"))
-    slow = len(data.corpus) > SHOW_PROGRESS
-    words = tokenizer.tokenize(data.corpus.texts, update_vocab=True, show_progress=slow, allow_empty=False)
+    slow = len(corpus) > SHOW_PROGRESS
+    words = tokenizer.tokenize(corpus.texts, update_vocab=True, show_progress=slow, allow_empty=False)
     if not any(words):  # not one word in all documents: nothing can be found, and bm25s cannot index it
         return best_scores, best_rows
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     index.index((words, tokenizer.get_vocab_dict()), show_progress=slow)
-    tie_rank = rank_ids(data.corpus.ids)
-    asked = tokenizer.tokenize(
-        [data.queries[query] for query in data.qrels], update_vocab=False, show_progress=False, allow_empty=False
-    )
+    tie_rank = rank_ids(corpus.ids)
+    asked = tokenizer.tokenize(list(queries), update_vocab=False, show_progress=False, allow_empty=False)
     with progress("BM25", len(asked)) as bar:
         for i, query in enumerate(asked):
             bar.advance()

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,30 +87,17 @@ def open_engines(
     if not searchable:
         raise KinvecError(f"{folder}: the run learned from {data.sets[0].table.kind}, so there is no corpus to search")
     models = {"base": recipe, "tuned": recipe.model_copy(update={"model": str(folder / "model"), "prompts": {}})}
-    return {side: _engine(folder / "search", open_model(models[side]), searchable[0], side) for side in SIDES}
+    return {side: _engine(folder / "search", open_model(models[side]), searchable[0]) for side in SIDES}
 
 
-def _engine(folder: Path, embedder: Embedder, data: RetrievalData, side: str) -> Engine:
+def _engine(folder: Path, embedder: Embedder, data: RetrievalData) -> Engine:
     """The model with its vectors: those kept from before if model and data are the same, else made now."""
-    from kinvec.console import say
     from kinvec.files import vectors
 
-    place = folder / embedder.fingerprint
     settings = {"model": embedder.fingerprint, "data": data.fingerprint, "window": vectors.WINDOW}
-    state = vectors.read_state(place)
-    if state is None or state["settings"] != settings:
-        vectors.refuse_foreign(place)
-        with vectors.listed(place, {"doc": _documents(data)}, ()) as (beside, rows):
-            state = vectors.begin(place, beside, rows, settings) | {"finished": False}
-    if not state.pop("finished"):
-        say(f"encoding {len(data.corpus):,} documents with the {side} model, once")
-        vectors.write_side(place, "doc", state["rows"]["doc"], _documents(data), embedder.encode_documents)
-        vectors.finish(place, state, {"model": embedder.name, "dimension": embedder.dimension})
-    return Engine(embedder, data.corpus, vectors.open_vectors(place, "doc").shards)
-
-
-def _documents(data: RetrievalData) -> Iterator[tuple[str, str]]:
-    return zip(data.corpus.ids, data.corpus.texts, strict=True)
+    documents = partial(zip, data.corpus.ids, data.corpus.texts, strict=True)
+    sides = {"doc": (documents, embedder.encode_documents)}
+    return Engine(embedder, data.corpus, vectors.kept(folder / embedder.fingerprint, sides, settings)["doc"].shards)
 
 
 def command(

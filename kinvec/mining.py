@@ -1,0 +1,216 @@
+"""Hard negatives: documents that a model ranks high for a query, and that nobody has judged relevant.
+
+Candidates are the exact nearest documents (see `kinvec.topk`), with BM25's beside them if asked for. What is known to
+be relevant never becomes a negative, by id or by text; what scores too near a positive is taken for a positive that
+nobody judged, and is left out (the limits of NV-Retriever, Moreira et al. 2024) but kept for the audit.
+
+Shapes: q = queries, n = documents, d = dimensions, k = candidates of a query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int64
+from pydantic import Field
+
+from kinvec.config import Settings
+from kinvec.console import Progress, progress
+from kinvec.contracts import KinvecError, RetrievalData
+from kinvec.files import text_keys
+from kinvec.tasks.lexical import rankings
+from kinvec.topk import DOCUMENT_ROWS, pair_scores, top_k
+
+TEXTS_AT_ONCE = 65_536
+QUERIES_AT_ONCE = 32_768
+
+
+class MiningSettings(Settings):
+    """Which documents become hard negatives."""
+
+    negatives: int = Field(4, ge=1)
+    """Hard negatives of a query, at most."""
+    skip: int = Field(0, ge=0)
+    """Ranks left out at the top, where unjudged positives are likeliest."""
+    depth: int = Field(100, ge=1)
+    """Ranks looked at below those, known positives not counted."""
+    relative: float | None = Field(0.95, gt=0, le=1)
+    """A negative scores at most this share of the query's lowest positive; unset, no such limit."""
+    margin: float | None = Field(None, ge=0)
+    """A negative scores at least this much below the query's lowest positive."""
+    highest: float | None = None
+    """A negative scores at most this."""
+    lowest: float | None = None
+    """A negative scores at least this."""
+    draw: Literal["top", "random"] = "top"
+    """Which of the candidates left: the first, or a random draw."""
+    lexical: bool = False
+    """Candidates of BM25 as well: those of both lists by the better of their two ranks."""
+    seed: int = 42
+    """Seed of the random draw."""
+
+
+@dataclass(frozen=True)
+class Mined:
+    """A query's negatives, best first, as rows of the corpus; and what the audit counts.
+
+    `sources` says for each negative whether the model, BM25 or both brought it. `suspects` are candidates above the
+    limits: perhaps positives.
+    """
+
+    query: int
+    positives: list[int]
+    positive_scores: list[float]
+    negatives: list[int]
+    scores: list[float]
+    sources: list[str]
+    suspects: list[int]
+    suspect_scores: list[float]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Of every query, as rows of the corpus: its positives, and all that can be no negatives of it."""
+
+    positives: list[list[int]]
+    barred: list[Int64[np.ndarray, " _"]]
+
+
+def known(data: RetrievalData) -> Judged:
+    """Positives of each query of `data.qrels`, and the documents that equal one of them, or the query, by text.
+
+    Queries of the same text share their positives. Raises `KinvecError` where a positive is not in the corpus.
+    """
+    keys = np.concatenate(
+        [text_keys(data.corpus.texts[at : at + TEXTS_AT_ONCE]) for at in range(0, len(data.corpus), TEXTS_AT_ONCE)]
+    )
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    wanted = {doc for judged in data.qrels.values() for doc, grade in judged.items() if grade > 0}
+    rows = {identity: row for row, identity in enumerate(data.corpus.ids) if identity in wanted}
+    if missing := sorted(wanted - rows.keys()):
+        raise KinvecError(f"document '{missing[0]}' is judged relevant but is not in the corpus; add it")
+    asked = text_keys([data.queries[query] for query in data.qrels])
+    positives = [[rows[doc] for doc, grade in judged.items() if grade > 0] for judged in data.qrels.values()]
+    of_text: dict[int, set[int]] = {}
+    for key, own in zip(asked.tolist(), positives, strict=True):
+        of_text.setdefault(key, set()).update(own)
+
+    def barred(key: int) -> Int64[np.ndarray, " _"]:
+        texts = np.unique([key, *keys[sorted(of_text[key])]])
+        first, last = (np.searchsorted(ordered, texts, side=side) for side in ("left", "right"))
+        return np.unique(np.concatenate([order[a:b] for a, b in zip(first, last, strict=True)]))
+
+    return Judged(positives, [barred(key) for key in asked.tolist()])
+
+
+def mine(
+    data: RetrievalData, judged: Judged, queries: Float[np.ndarray, "q d"], shards: Sequence[np.ndarray],
+    settings: MiningSettings,
+) -> Iterator[Mined]:  # fmt: skip
+    """Negatives of the queries of `data.qrels`, in their order, with vectors of them and of the corpus [_, d].
+
+    The corpus is read once for every `QUERIES_AT_ONCE` queries; memory grows with neither.
+    """
+    texts = [data.queries[query] for query in data.qrels]
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        group = range(start, min(start + QUERIES_AT_ONCE, len(queries)))
+        vectors = np.ascontiguousarray(queries[group.start : group.stop], dtype=np.float32)
+        deepest = settings.skip + settings.depth + max(len(judged.barred[query]) for query in group)
+        with progress(f"searching for {len(group):,} queries", len(data.corpus)) as bar:
+            scores, rows = top_k(vectors, _shown(shards, bar), data.corpus.ids, deepest)
+        lexical = np.full((len(group), 0), -1, dtype=np.int64)
+        if settings.lexical:
+            lexical = rankings(texts[group.start : group.stop], data.corpus, deepest)[1]
+        for place, query in enumerate(group):
+            found = scores[place], rows[place], lexical[place]
+            yield _of_query(query, judged, vectors[place : place + 1], shards, found, settings)
+
+
+def _shown(shards: Sequence[np.ndarray], bar: Progress) -> Iterator[np.ndarray]:
+    for shard in shards:
+        for start in range(0, len(shard), DOCUMENT_ROWS):
+            block = shard[start : start + DOCUMENT_ROWS]
+            yield block
+            bar.advance(len(block))
+
+
+def _of_query(
+    query: int, judged: Judged, vector: Float32[np.ndarray, "1 d"], shards: Sequence[np.ndarray],
+    found: tuple[np.ndarray, np.ndarray, np.ndarray], settings: MiningSettings,
+) -> Mined:  # fmt: skip
+    scores, dense, lexical = found
+    window = slice(settings.skip, settings.skip + settings.depth)
+    near, words = (_free(rows, judged.barred[query])[window] for rows in (dense, lexical))
+    rows, sources = _merged(near, words)
+    known_scores = dict(zip(dense.tolist(), scores.tolist(), strict=True))
+    values = _scores(vector, rows, known_scores, shards)
+    own = _scores(vector, np.array(judged.positives[query], dtype=np.int64), known_scores, shards)
+    above = values > ceiling(float(own.min()), settings)
+    low = values < (-np.inf if settings.lowest is None else settings.lowest)
+    left = np.flatnonzero(~above & ~low)
+    if settings.draw == "random" and len(left) > settings.negatives:
+        draw = np.random.default_rng([settings.seed, query])
+        left = np.sort(draw.choice(left, settings.negatives, replace=False))
+    left = left[: settings.negatives]
+    return Mined(
+        query, judged.positives[query], own.tolist(), rows[left].tolist(), values[left].tolist(),
+        [sources[place] for place in left.tolist()], rows[above].tolist(), values[above].tolist(),
+    )  # fmt: skip
+
+
+def ceiling(positive: float, settings: MiningSettings) -> float:
+    """The highest score of a negative, given that of the query's lowest positive."""
+    limits = [np.inf]
+    if settings.relative is not None:
+        limits.append(positive - (1 - settings.relative) * abs(positive))  # below it, where it is negative, too
+    if settings.margin is not None:
+        limits.append(positive - settings.margin)
+    if settings.highest is not None:
+        limits.append(settings.highest)
+    return float(min(limits))
+
+
+def _free(rows: Int64[np.ndarray, " k"], barred: Int64[np.ndarray, " _"]) -> Int64[np.ndarray, " _"]:
+    return rows[(rows >= 0) & ~np.isin(rows, barred)]
+
+
+def _merged(near: Int64[np.ndarray, " a"], words: Int64[np.ndarray, " b"]) -> tuple[Int64[np.ndarray, " c"], list[str]]:
+    """The rows of both lists by their better rank, the model's first where it is equal; and who brought each."""
+    ranks: dict[int, tuple[int, int]] = {}
+    for side, rows in enumerate((near.tolist(), words.tolist())):
+        for rank, row in enumerate(rows):
+            ranks[row] = min(ranks.get(row, (rank, side)), (rank, side))
+    both = set(near.tolist()) & set(words.tolist())
+    merged = sorted(ranks, key=ranks.__getitem__)
+    of_model = set(near.tolist())
+    sources = ["both" if row in both else "model" if row in of_model else "BM25" for row in merged]
+    return np.array(merged, dtype=np.int64), sources
+
+
+def _scores(
+    vector: Float32[np.ndarray, "1 d"], rows: Int64[np.ndarray, " r"], known_scores: Mapping[int, float],
+    shards: Sequence[np.ndarray],
+) -> Float32[np.ndarray, " r"]:  # fmt: skip
+    """The query's score with each row: as searched, or computed for what the search did not bring."""
+    scores = np.array([known_scores.get(row, np.nan) for row in rows.tolist()], dtype=np.float32)
+    unknown: Bool[np.ndarray, " _"] = np.isnan(scores)
+    if unknown.any():
+        vectors = take(shards, rows[unknown])
+        places = np.arange(len(vectors))
+        scores[unknown] = pair_scores(vector, vectors, np.zeros_like(places), places)
+    return scores
+
+
+def take(shards: Sequence[np.ndarray], rows: Int64[np.ndarray, " r"]) -> Float32[np.ndarray, "r d"]:
+    """Rows of the matrix that lies in shards [_, d]."""
+    ends = np.cumsum([len(shard) for shard in shards])
+    found = np.empty((len(rows), shards[0].shape[1]), dtype=np.float32)
+    of = np.searchsorted(ends, rows, side="right")
+    for number in np.unique(of).tolist():
+        here = of == number
+        found[here] = shards[number][rows[here] - (ends[number] - len(shards[number]))]
+    return found

@@ -1,0 +1,198 @@
+"""`kinvec mine`: a model and judged queries in, training data with hard negatives out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kinvec.contracts import RetrievalData
+    from kinvec.embedder import Embedder
+    from kinvec.mining import MiningSettings
+
+BEGUN, MANIFEST = "mine.json", "manifest.json"  # whose folder it is, from the start; that it is finished
+
+
+def mine(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    settings: MiningSettings | None = None,
+    *,
+    split: str = "train",
+    force: bool = False,
+    precision: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Mine hard negatives for the judged queries of `data` into the folder `out`; returns the audit.
+
+    `train.jsonl` is training data, `audit.json` says what to think of it, `vectors/` are kept for other settings. The
+    same call continues a folder that was begun and leaves a finished one as it is; `force` starts afresh. Raises
+    `KinvecError` if the data are wrong, or `out` holds other things or was begun with another model, data or settings.
+    """
+    from kinvec import mining
+    from kinvec.auditing import audit
+    from kinvec.backbone import set_threads
+    from kinvec.console import say
+    from kinvec.embedder import Embedder
+    from kinvec.files import open_retrieval, write_json
+
+    settings = settings or mining.MiningSettings()
+    set_threads(threads)
+    folder, problem = Path(out), open_retrieval(data, split=split)
+    embedder = Embedder.load(model, precision=precision, device=device)
+    begun = _identity(embedder, problem, settings)
+    if _claim(folder, begun, force):
+        say(f"{folder} is finished: the same model, data and settings; --force makes it again")
+        return json.loads((folder / "audit.json").read_text("utf-8"))
+    judged = mining.known(problem)
+    vectors = _vectors(folder / "vectors", embedder, problem)
+    found = list(mining.mine(problem, judged, *vectors, settings))
+    _write_rows(folder / "train.jsonl", problem, found)
+    told = {"model": str(model), "data": str(data), **audit(problem, found, settings)}
+    write_json(folder / "audit.json", told)
+    write_json(folder / MANIFEST, {**begun, "rows": len(found)})
+    return told
+
+
+def _identity(embedder: Embedder, problem: RetrievalData, settings: MiningSettings) -> dict[str, Any]:
+    """All that the mined file depends on."""
+    return {
+        "kind": "kinvec mined data", "format": 1, "model": embedder.fingerprint, "data": problem.fingerprint,
+        "settings": settings.model_dump(mode="json"),
+    }  # fmt: skip
+
+
+def _claim(folder: Path, begun: dict[str, Any], force: bool) -> bool:
+    """Make the folder ours, or go on in it; whether it is finished."""
+    from kinvec.config import differences
+    from kinvec.contracts import KinvecError
+    from kinvec.files import sweep, write_json
+
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / BEGUN).is_file():
+        raise KinvecError(f"{folder} holds other things than mined data; name an empty or a new folder")
+    if (folder / BEGUN).is_file() and not force:
+        changed = "; ".join(differences(json.loads((folder / BEGUN).read_text("utf-8")), begun))
+        if changed:
+            raise KinvecError(f"{folder} was made with other settings ({changed}); name another folder, or add --force")
+        sweep(folder)
+        return (folder / MANIFEST).is_file()
+    (folder / MANIFEST).unlink(missing_ok=True)
+    write_json(folder / BEGUN, begun)
+    return False
+
+
+def _vectors(folder: Path, embedder: Embedder, problem: RetrievalData) -> tuple[Any, list[Any]]:
+    """The model's vectors of the queries and, in shards, of the corpus; kept, and made only once."""
+    import numpy as np
+    import torch
+
+    from kinvec.files import vectors
+    from kinvec.tasks.evaluation import scaling
+
+    scale = scaling(embedder.similarity)
+
+    def queries() -> Iterator[tuple[str, str]]:
+        return ((query, problem.queries[query]) for query in problem.qrels)
+
+    def documents() -> Iterator[tuple[str, str]]:
+        return zip(problem.corpus.ids, problem.corpus.texts, strict=True)
+
+    settings = {
+        "model": embedder.fingerprint, "data": problem.fingerprint, "device": embedder.device.type,
+        "threads": torch.get_num_threads(), "window": vectors.WINDOW,
+    }  # fmt: skip
+    sides = {
+        "query": (queries, lambda texts: scale(embedder.encode_queries(texts))),
+        "doc": (documents, lambda texts: scale(embedder.encode_documents(texts))),
+    }
+    kept = vectors.kept(folder, sides, settings)
+    return np.concatenate(kept["query"].shards), kept["doc"].shards
+
+
+def _write_rows(path: Path, problem: RetrievalData, found: list[Any]) -> None:
+    from kinvec.files import write_lines
+
+    ids, texts = problem.corpus.ids, problem.corpus.texts
+    queries = list(problem.qrels)
+
+    def line(mined: Any) -> str:
+        row = {
+            "query_id": queries[mined.query], "query": problem.queries[queries[mined.query]],
+            "pos_id": [ids[doc] for doc in mined.positives], "pos_doc": [texts[doc] for doc in mined.positives],
+            "neg_id": [ids[doc] for doc in mined.negatives], "neg_doc": [texts[doc] for doc in mined.negatives],
+            "neg_score": [round(score, 6) for score in mined.scores],
+        }  # fmt: skip
+        return json.dumps(row, ensure_ascii=False)
+
+    write_lines(path, map(line, found))
+
+
+def command(
+    model: Annotated[str, typer.Option(help="The model that searches: a folder, a hub name, or pkg:NAME.")],
+    data: Annotated[str, typer.Option(help="Judged queries: a BEIR folder, or a file of retrieval examples.")],
+    out: Annotated[Path, typer.Option(help="The folder to write train.jsonl and audit.json into.")],
+    split: Annotated[str, typer.Option(help="The split to mine for.")] = "train",
+    negatives: Annotated[int, typer.Option(min=1, help="Hard negatives of a query, at most.")] = 4,
+    skip: Annotated[int, typer.Option(min=0, help="Ranks left out at the top.")] = 0,
+    depth: Annotated[int, typer.Option(min=1, help="Ranks looked at below those.")] = 100,
+    relative: Annotated[float, typer.Option(help="Highest share of the lowest positive's score; 0, no limit.")] = 0.95,
+    margin: Annotated[float | None, typer.Option(help="Least distance below the lowest positive's score.")] = None,
+    highest: Annotated[float | None, typer.Option(help="Highest score of a negative.")] = None,
+    lowest: Annotated[float | None, typer.Option(help="Lowest score of a negative.")] = None,
+    draw: Annotated[str, typer.Option(help="top: the first that are left; random: a draw of them.")] = "top",
+    bm25: Annotated[bool, typer.Option("--bm25", help="Candidates of BM25 beside the model's.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random draw.")] = 42,
+    force: Annotated[bool, typer.Option("--force", help="Start afresh, whatever --out was made with.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the audit as JSON.")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware has it.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all unless set.")] = None,
+) -> None:
+    """Find hard negatives for your queries, and say how far they can be trusted.
+
+    The nearest documents by exact search, without known positives, their duplicates, and what scores too near a
+    positive. `kinvec train data.train=OUT` trains on the folder.
+    """
+    from kinvec.config import load
+    from kinvec.mining import MiningSettings
+
+    given = {
+        "negatives": negatives, "skip": skip, "depth": depth, "relative": relative or None, "margin": margin,
+        "highest": highest, "lowest": lowest, "draw": draw, "lexical": bm25, "seed": seed,
+    }  # fmt: skip
+    told = mine(
+        model, data, out, load(MiningSettings, given), split=split, force=force, precision=precision, device=device,
+        threads=threads,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        show(told, out)
+
+
+def show(told: dict[str, Any], out: Path) -> None:
+    """Print the audit for a person."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(
+        f"{told['queries']:,} queries, {told['negatives']:,} hard negatives from {told['documents']:,} documents; "
+        f"{told['too_few']:,} queries ({told['too_few_share']:.1%}) have fewer than {told['wanted']}"
+    )
+    means = told["mean_scores"]
+    console.print(f"mean score of positives {means['positives']:.3f}, of negatives {means['negatives']:.3f}")
+    if len(told["sources"]) > 1:
+        console.print("brought by " + ", ".join(f"{name} {share:.0%}" for name, share in told["sources"].items()))
+    console.print(f"{told['suspected']:,} candidates score too near a positive and are left out, for example:")
+    for suspect in told["suspects"][:3]:
+        console.print(f"  {suspect['query']}\n    → {suspect['text']}", soft_wrap=False)
+    for hub in told["hubs"][:3]:
+        console.print(f"a negative of {hub['queries']:,} queries: {hub['text']}")
+    console.print(f"written to {out}; next: kinvec train model={told['model']} data.train={out} out=runs/mined")
