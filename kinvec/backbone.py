@@ -235,7 +235,7 @@ def language_head(folder: Path, model: nn.Module) -> LanguageHead:
     setattr(whole, whole.base_model_prefix, model)
     whole.config = config  # the attention's direction is kept in it
     whole.tie_weights()
-    return LanguageHead(whole.train(model.training))
+    return LanguageHead(whole.to(next(model.parameters()).device).train(model.training))
 
 
 class Backbone(nn.Module):

@@ -83,6 +83,13 @@ def test_a_head_is_opened_shares_its_embeddings_and_is_saved(
     assert np.array_equal(again.encode(["a gene"]), model.encode(["a gene"]))
 
 
+def test_a_head_goes_where_the_model_is(tmp_path: Path) -> None:
+    save_plain("bert", tmp_path, "bert")
+    model = open_folder(tmp_path).to("meta")  # a device that every machine has
+    add_language_head(model)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 def test_a_model_without_a_trained_head_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = open_folder(save_plain("bert", tmp_path / "bert", "bert"))
     add_language_head(model)

@@ -155,6 +155,26 @@ def test_a_base_in_bf16_changes_no_bit_of_a_bf16_run(
     assert again[0] == expected[0] and all(torch.equal(value, expected[1][key]) for key, value in again[1].items())
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("objective", ["mntp", "clm"])
+def test_less_memory_changes_no_bit_where_tokens_are_predicted(
+    tmp_path: Path, main: Callable[..., tuple[int, str]], objective: str
+) -> None:
+    model = save_plain("llama", tmp_path / "base", "decoder", spread=0.1)
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in TEXTS * 3))
+    common = [f"model={model}", f"data.train={tmp_path / 'texts.txt'}", f"objective.name={objective}", "threads=1"]
+    common += ["precision=bf16", "evaluate=false", "trainer.max_steps=3", "trainer.batch_size=4", "lora.rank=2"]
+    runs = []
+    for frugal in ((), ("lora.base=bf16", "trainer.gradient_checkpointing=true")):
+        run = tmp_path / str(len(runs))
+        code, said = main("train", *common, *frugal, f"out={run}", "trainer.lr=1e-2", "attention=bidirectional")
+        assert code == 0, said
+        losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+        runs.append((losses, load_file(run / "model" / "model.safetensors")))
+    assert runs[0][0] == runs[1][0] and len(set(runs[0][0])) == 3
+    assert all(torch.equal(value, runs[0][1][key]) for key, value in runs[1][1].items())
+
+
 def test_a_base_in_bf16_needs_adapters_and_bf16_arithmetic(
     tmp_path: Path, tiny_folder: Path, tiny_pairs: Path, main: Callable[..., tuple[int, str]]
 ) -> None:
