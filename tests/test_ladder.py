@@ -91,7 +91,8 @@ def test_every_rung_is_measured_and_compared(climbed: Any) -> None:
             for column, found in row["differences"].items():
                 assert found["difference"] == row["scores"][column]["value"] - before[column]["value"]
     assert {name: stage["steps"] for name, stage in written["stages"].items()} == {
-        "clm": 4, "ladder/mntp": 3, "ladder/simcse": 2, "ladder/contrastive": 2, "direct": 2, "causal": 2,
+        "clm": 4, "ladder/mntp": 3, "ladder/simcse": 2, "ladder/supervised": 2, "direct/supervised": 2,
+        "causal/supervised": 2,
     }  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def test_the_rungs_have_the_attention_that_they_claim(ladder: ModuleType, climbe
             model = Embedder.load(rung.model)
             assert (model.attention == "causal") == (name in causal), name
             assert model.pooling == ("mean",) and model.max_length == ladder.TOKENS
-    chain = Embedder.load(climbed.work / "ladder" / "contrastive" / "model").lineage
+    chain = Embedder.load(climbed.work / "ladder" / "supervised" / "model").lineage
     assert [stage["objective"] for stage in chain] == ["clm", "mntp", "simcse", "contrastive"]
 
 
