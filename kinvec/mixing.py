@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from kinvec.contracts import RecipeError
 from kinvec.objectives import Objective, ObjectiveSettings
 from kinvec.sampling import DataSettings, PairBatch, Source, join
 
@@ -94,13 +93,8 @@ class Mixture:
         return _of_one(self.sets[chosen], epoch * counts[chosen] + int(before[place]), batch_size)
 
     def counts(self, batch_size: int) -> tuple[int, ...]:
-        """Of an epoch's steps (homogeneous) or of a batch's rows (mixed), how many are each data set's; all have some.
-
-        Raises `RecipeError` for a mixed batch with fewer rows than there are data sets.
-        """
+        """Of an epoch's steps (homogeneous) or of a batch's rows (mixed), how many are each data set's, at least 1."""
         if self.batches == "mixed":
-            if batch_size < len(self.sets):
-                raise RecipeError(f"trainer.batch_size: {batch_size} rows are no mixture of {len(self.sets)} data sets")
             return divide(batch_size, self._shares([len(part.source) for part in self.sets]))
         steps = [part.source.steps_per_epoch(batch_size) for part in self.sets]
         return divide(sum(steps), self._shares(steps))
@@ -118,12 +112,7 @@ class Mixture:
     def _shares(self, sizes: Sequence[int]) -> Float[np.ndarray, " K"]:
         by_size = np.asarray(sizes, dtype=np.float64) ** (1 / self.share_temperature)
         weights = [part.weight for part in self.sets]
-        unset = [part.name for part in self.sets if part.weight is None]
-        if 0 < len(unset) < len(weights):
-            raise RecipeError(
-                f"data.sets.{unset[0]}.weight is not set, and others are; give every data set one, or none"
-            )
-        shares = by_size if unset else np.array(weights, dtype=np.float64)
+        shares = by_size if None in weights else np.array(weights, dtype=np.float64)
         return shares / shares.sum()
 
     def _mixed(self, number: int, batch_size: int) -> Step:

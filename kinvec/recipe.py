@@ -35,7 +35,9 @@ def spread(data: Any) -> Any:
                 f"data: every entry of the list is a mapping, such as 'train: my.jsonl'; '{entry}' is none"
             )
         name = str(entry.get("name") or Path(str(entry.get("train", ""))).stem)
-        if not name or name in sets:
+        if not re.fullmatch(r"[\w-]+", name):
+            raise RecipeError(f"data: a data set cannot be named '{name}'; give it a name of letters, digits, _ and -")
+        if name in sets:
             raise RecipeError(f"data: two data sets are named '{name}'; give each a name of its own")
         sets[name] = {key: value for key, value in entry.items() if key != "name"}
     return {"sets": sets}
@@ -171,19 +173,27 @@ def _with_data_sets(layer: Path | Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _check_sets(recipe: Recipe) -> None:
     """Raises `RecipeError` where several data sets do not go together."""
+    sets, mixed = recipe.data.sets, recipe.data.batches == "mixed"
     for key in ("train", "dev", "test"):
         if value := getattr(recipe.data, key):
             raise RecipeError(
                 f"data.{key} is '{value}', and there are several data sets; name it in one, as data.sets.NAME.{key}"
             )
-    for name, entry in recipe.data.sets.items():
+    first = next(iter(sets.values()))
+    for name, entry in sets.items():
         if not entry.train:
             raise RecipeError(f"data.sets.{name}.train is not set")
-        if recipe.data.batches == "mixed" and entry.objective != next(iter(recipe.data.sets.values())).objective:
+        if entry.weight is None and any(other.weight for other in sets.values()):
+            raise RecipeError(f"data.sets.{name}.weight is not set, and others are; give every data set one, or none")
+        if mixed and entry.objective != first.objective:
             raise RecipeError(
                 f"data.sets.{name}.objective differs from another's; a mixed batch has one loss: "
                 "use data.batches=homogeneous"
             )
+    if mixed and recipe.trainer.batch_size < len(sets):
+        raise RecipeError(
+            f"trainer.batch_size: {recipe.trainer.batch_size} rows are no mixture of {len(sets)} data sets"
+        )
 
 
 def _find(name: str) -> Path:
