@@ -31,8 +31,8 @@ def load(model: type[S], *layers: Path | Mapping[str, Any], overrides: Sequence[
     """
     merged: Any = OmegaConf.create({})
     for layer in layers:
-        merged = OmegaConf.merge(merged, _read(layer) if isinstance(layer, Path) else OmegaConf.create(dict(layer)))
-    merged = OmegaConf.merge(merged, _dotlist(overrides))
+        merged = _merge(merged, _read(layer) if isinstance(layer, Path) else OmegaConf.create(dict(layer)))
+    merged = _merge(merged, _dotlist(overrides))
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -41,6 +41,16 @@ def load(model: type[S], *layers: Path | Mapping[str, Any], overrides: Sequence[
         return model.model_validate(values)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(model, e) for e in error.errors())) from None
+
+
+def _merge(before: Any, after: Any) -> Any:
+    try:
+        return OmegaConf.merge(before, after)
+    except TypeError:  # its message names no key
+        keys = [str(key) for key in after if OmegaConf.is_list(after[key]) != OmegaConf.is_list(before.get(key))]
+        raise RecipeError(
+            f"recipe: {' or '.join(keys) or 'a key'} is a list in one place and a mapping in another; write it in one way"
+        ) from None
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -224,6 +224,7 @@ def test_a_single_data_set_is_the_recipes_own(tmp_path: Path) -> None:
             ["data.batches=mixed", "data.sets.blue.objective.label_smoothing=0", "trainer.batch_size=1"],
             r"trainer\.batch_size: 1 rows are no mixture of 2 data sets",
         ),
+        (["data=[]"], "recipe: data is a list in one place and a mapping in another"),
         (["data.batches=mixed"], r"data\.sets\.blue\.objective differs .* data\.batches=homogeneous"),
     ],
 )
