@@ -49,7 +49,7 @@ def _merge(before: Any, after: Any) -> Any:
     except TypeError:  # its message names no key
         keys = [str(key) for key in after if OmegaConf.is_list(after[key]) != OmegaConf.is_list(before.get(key))]
         raise RecipeError(
-            f"recipe: {' or '.join(keys) or 'a key'} is a list in one place and a mapping in another; write it in one way"
+            f"recipe: {' or '.join(keys) or 'a key'} is a list in one place and a mapping in another; choose one"
         ) from None
 
 
