@@ -9,12 +9,12 @@ Shapes: q = queries, n = documents, d = dimensions, k = candidates of a query.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from pydantic import Field
 
 from kinvec.config import Settings
@@ -36,7 +36,7 @@ class MiningSettings(Settings):
     skip: int = Field(0, ge=0)
     """Ranks left out at the top, where unjudged positives are likeliest."""
     depth: int = Field(100, ge=1)
-    """Ranks looked at below those, known positives not counted."""
+    """Ranks looked at below those, known positives not counted; where limits leave too few, deeper ones as well."""
     relative: float | None = Field(0.95, gt=0, le=1)
     """A negative scores at most this share of the query's lowest positive; unset, no such limit."""
     margin: float | None = Field(None, ge=0)
@@ -119,15 +119,49 @@ def mine(
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         group = range(start, min(start + QUERIES_AT_ONCE, len(queries)))
         vectors = np.ascontiguousarray(queries[group.start : group.stop], dtype=np.float32)
+        own = [_scores(vectors[place], judged.positives[query], shards) for place, query in enumerate(group)]
         deepest = settings.skip + settings.depth + max(len(judged.barred[query]) for query in group)
-        with progress(f"searching for {len(group):,} queries", len(data.corpus)) as bar:
-            scores, rows = top_k(vectors, _shown(shards, bar), data.corpus.ids, deepest)
+        dense = _search(vectors, shards, data.corpus.ids, deepest)
         lexical = np.full((len(group), 0), -1, dtype=np.int64)
         if settings.lexical:
             lexical = rankings(texts[group.start : group.stop], data.corpus, deepest)[1]
-        for place, query in enumerate(group):
-            found = scores[place], rows[place], lexical[place]
-            yield _of_query(query, judged, vectors[place : place + 1], shards, found, settings)
+        found = [
+            _chosen(query, judged, own[place], vectors[place], shards, dense[1][place], lexical[place], settings)
+            for place, query in enumerate(group)
+        ]
+        yield from _filled(found, judged, vectors, shards, data.corpus.ids, settings)
+
+
+def _filled(
+    found: list[Mined], judged: Judged, vectors: Float32[np.ndarray, "q d"], shards: Sequence[np.ndarray],
+    ids: Sequence[str], settings: MiningSettings,
+) -> list[Mined]:  # fmt: skip
+    """Where limits have left too few, the nearest documents below them, however deep: a second search for those."""
+    few = [place for place, mined in enumerate(found) if mined.suspects and len(mined.negatives) < settings.negatives]
+    if not few:
+        return found
+    ceilings = np.array([ceiling(min(found[place].positive_scores), settings) for place in few], dtype=np.float32)
+    deepest = settings.negatives + max(len(judged.barred[found[place].query]) for place in few)
+    scores, rows = _search(vectors[few], shards, ids, deepest, ceilings)
+    for place, own, near in zip(few, scores, rows, strict=True):
+        free = (near >= 0) & ~np.isin(near, [*judged.barred[found[place].query], *found[place].negatives])
+        more = np.flatnonzero(free & (own >= _floor(settings)))[: settings.negatives - len(found[place].negatives)]
+        found[place] = replace(
+            found[place],
+            negatives=found[place].negatives + near[more].tolist(),
+            scores=found[place].scores + own[more].tolist(),
+            sources=found[place].sources + ["model"] * len(more),
+        )
+    return found
+
+
+def _search(
+    vectors: Float32[np.ndarray, "q d"], shards: Sequence[np.ndarray], ids: Sequence[str], depth: int,
+    ceilings: Float32[np.ndarray, " q"] | None = None,
+) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:  # fmt: skip
+    what = "searching" if ceilings is None else "searching below the limits"
+    with progress(f"{what} for {len(vectors):,} queries", len(ids)) as bar:
+        return top_k(vectors, _shown(shards, bar), ids, depth, ceilings)
 
 
 def _shown(shards: Sequence[np.ndarray], bar: Progress) -> Iterator[np.ndarray]:
@@ -138,20 +172,18 @@ def _shown(shards: Sequence[np.ndarray], bar: Progress) -> Iterator[np.ndarray]:
             bar.advance(len(block))
 
 
-def _of_query(
-    query: int, judged: Judged, vector: Float32[np.ndarray, "1 d"], shards: Sequence[np.ndarray],
-    found: tuple[np.ndarray, np.ndarray, np.ndarray], settings: MiningSettings,
+def _chosen(
+    query: int, judged: Judged, own: Float32[np.ndarray, " p"], vector: Float32[np.ndarray, " d"],
+    shards: Sequence[np.ndarray], dense: Int64[np.ndarray, " k"], lexical: Int64[np.ndarray, " l"],
+    settings: MiningSettings,
 ) -> Mined:  # fmt: skip
-    scores, dense, lexical = found
+    """The query's negatives among the candidates of both lists; `own` are the scores of its positives."""
     window = slice(settings.skip, settings.skip + settings.depth)
     near, words = (_free(rows, judged.barred[query])[window] for rows in (dense, lexical))
     rows, sources = _merged(near, words)
-    known_scores = dict(zip(dense.tolist(), scores.tolist(), strict=True))
-    values = _scores(vector, rows, known_scores, shards)
-    own = _scores(vector, np.array(judged.positives[query], dtype=np.int64), known_scores, shards)
+    values = _scores(vector, rows, shards)
     above = values > ceiling(float(own.min()), settings)
-    low = values < (-np.inf if settings.lowest is None else settings.lowest)
-    left = np.flatnonzero(~above & ~low)
+    left = np.flatnonzero(~above & (values >= _floor(settings)))
     if settings.draw == "random" and len(left) > settings.negatives:
         draw = np.random.default_rng([settings.seed, query])
         left = np.sort(draw.choice(left, settings.negatives, replace=False))
@@ -160,6 +192,10 @@ def _of_query(
         query, judged.positives[query], own.tolist(), rows[left].tolist(), values[left].tolist(),
         [sources[place] for place in left.tolist()], rows[above].tolist(), values[above].tolist(),
     )  # fmt: skip
+
+
+def _floor(settings: MiningSettings) -> float:
+    return -np.inf if settings.lowest is None else settings.lowest
 
 
 def ceiling(positive: float, settings: MiningSettings) -> float:
@@ -171,7 +207,7 @@ def ceiling(positive: float, settings: MiningSettings) -> float:
         limits.append(positive - settings.margin)
     if settings.highest is not None:
         limits.append(settings.highest)
-    return float(min(limits))
+    return float(np.float32(min(limits)))  # scores are float32
 
 
 def _free(rows: Int64[np.ndarray, " k"], barred: Int64[np.ndarray, " _"]) -> Int64[np.ndarray, " _"]:
@@ -192,17 +228,11 @@ def _merged(near: Int64[np.ndarray, " a"], words: Int64[np.ndarray, " b"]) -> tu
 
 
 def _scores(
-    vector: Float32[np.ndarray, "1 d"], rows: Int64[np.ndarray, " r"], known_scores: Mapping[int, float],
-    shards: Sequence[np.ndarray],
-) -> Float32[np.ndarray, " r"]:  # fmt: skip
-    """The query's score with each row: as searched, or computed for what the search did not bring."""
-    scores = np.array([known_scores.get(row, np.nan) for row in rows.tolist()], dtype=np.float32)
-    unknown: Bool[np.ndarray, " _"] = np.isnan(scores)
-    if unknown.any():
-        vectors = take(shards, rows[unknown])
-        places = np.arange(len(vectors))
-        scores[unknown] = pair_scores(vector, vectors, np.zeros_like(places), places)
-    return scores
+    vector: Float32[np.ndarray, " d"], rows: Sequence[int] | Int64[np.ndarray, " r"], shards: Sequence[np.ndarray]
+) -> Float32[np.ndarray, " r"]:
+    """The query's score with each row, as a search has it."""
+    places = np.arange(len(rows))
+    return pair_scores(vector[None], take(shards, np.asarray(rows, dtype=np.int64)), np.zeros_like(places), places)
 
 
 def take(shards: Sequence[np.ndarray], rows: Int64[np.ndarray, " r"]) -> Float32[np.ndarray, "r d"]:

@@ -28,13 +28,14 @@ PAIR_ROWS = 16_384  # query-document pairs scored in float64 at a time
 
 
 def top_k(
-    queries: Float[np.ndarray, "q d"], documents: Iterable[np.ndarray], ids: Sequence[str], k: int
-) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
-    """The k documents with the largest inner product for each query, best first.
+    queries: Float[np.ndarray, "q d"], documents: Iterable[np.ndarray], ids: Sequence[str], k: int,
+    ceilings: Float32[np.ndarray, " q"] | None = None,
+) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:  # fmt: skip
+    """The k documents with the largest inner product for each query, best first; with `ceilings`, of those up to them.
 
     `documents` are row blocks [_, d] of one matrix in the order of `ids`: `[matrix]`, memory-mapped shards, or a
     generator that encodes as it goes; only one block of `DOCUMENT_ROWS` rows and its scores are held at a time. Returns
-    the scores and the rows' indices, both [q, min(k, n)].
+    the scores and the rows' indices, both [q, min(k, n)]; minus infinity and −1 where fewer are below the ceiling.
 
     Raises `KinvecError` where a vector holds NaN or infinity, dimensions differ, or there are more rows or more ids.
     """
@@ -50,7 +51,9 @@ def top_k(
             scores, error = queries[rows] @ block.T, _product_error(queries[rows], block)
             exact = partial(pair_scores, queries[rows], block)
             so_far = best[0][rows], best[1][rows]
-            best[0][rows], best[1][rows] = keep_best(so_far, scores, start, tie_rank, error, exact)
+            highest = None if ceilings is None else ceilings[rows, None]
+            kept = keep_best(so_far, scores, start, tie_rank, error, exact, highest)
+            best[0][rows], best[1][rows] = kept
         start += len(block)
     if start != len(ids):
         raise KinvecError(f"there are {start:,} document vectors but {len(ids):,} document ids; write them again")
@@ -81,22 +84,29 @@ def keep_best(
     tie_rank: Int64[np.ndarray, " n"],
     error: Float32[np.ndarray, "q 1"] | float = 0.0,
     exact: Exact | None = None,
+    highest: Float32[np.ndarray, "q 1"] | None = None,
 ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
     """The best k of `best` and of the block `scores`, whose columns are the documents from row `start` on.
 
-    Where `scores` may be off by `error`, `exact(rows, columns)` scores those that may be among the best.
+    Where `scores` may be off by `error`, `exact(rows, columns)` scores those that may be among the best. What scores
+    above `highest` does not compete.
     """
     (q, k), b = best[0].shape, scores.shape[1]
     if k == 0 or b == 0:
         return best
     floor = best[0][:, -1:] - error  # below the k-th best so far none can enter; one that equals it may, by its id
-    reaches = scores >= floor
+    reaches = scores >= floor if highest is None else (scores >= floor) & (scores <= highest + error)
     if b > k and np.count_nonzero(reaches) > 4 * q * k:  # the first block; or documents sorted towards the queries
-        floor = np.maximum(floor, np.partition(scores, b - k, axis=1)[:, b - k, None] - 2 * error)
-        reaches = scores >= floor
+        surely = scores if highest is None else np.where(scores <= highest - error, scores, -np.inf)
+        floor = np.maximum(floor, np.partition(surely, b - k, axis=1)[:, b - k, None] - 2 * error)
+        reaches &= scores >= floor
     row, column = np.nonzero(reaches)
+    found = scores[row, column] if exact is None else exact(row, column)
+    if highest is not None:
+        within = found <= highest[row, 0]
+        row, column, found = row[within], column[within], found[within]
     rows = np.concatenate([np.repeat(np.arange(q), k), row])
-    values = np.concatenate([best[0].ravel(), scores[row, column] if exact is None else exact(row, column)])
+    values = np.concatenate([best[0].ravel(), found])
     documents = np.concatenate([best[1].ravel(), start + column])
     order = np.lexsort((tie_rank[documents], -values, rows))
     per_row = np.bincount(rows, minlength=q)  # at least k, since the k so far always compete

@@ -62,6 +62,32 @@ def test_equals_float64_to_the_last_bit_and_equal_documents_tie(n: int, d: int, 
     assert (scores == np.take_along_axis(exact, expected, axis=1).astype(np.float32)).all()
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    q=st.integers(1, 5), n=st.integers(1, 60), k=st.integers(1, 12), rows=st.integers(1, 30), chunk=st.integers(1, 5),
+    values=st.sampled_from([1, 2, 5]), seed=st.integers(0, 10_000),
+)  # fmt: skip
+def test_below_a_ceiling_it_equals_a_sort_of_what_is_below(
+    q: int, n: int, k: int, rows: int, chunk: int, values: int, seed: int
+) -> None:
+    """A score equal to the ceiling is within it; where fewer are left, places stay empty."""
+    rng = np.random.default_rng(seed)
+    queries = rng.integers(-values, values + 1, (q, 3)).astype(np.float32)
+    documents = rng.integers(-values, values + 1, (n, 3)).astype(np.float32)
+    ids = [str(i) for i in rng.permutation(10 * n)[:n]]
+    ceilings = rng.integers(-values, values + 1, q).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "DOCUMENT_ROWS", rows)
+        patch.setattr(topk, "QUERY_ROWS", chunk)
+        scores, found = top_k(queries, [documents], ids, k, ceilings)
+    every = full_sort(queries, documents, ids, n)
+    for row in range(q):
+        below = [j for j in every[row].tolist() if queries[row] @ documents[j] <= ceilings[row]][:k]
+        empty = [-1] * (min(k, n) - len(below))
+        assert found[row].tolist() == below + empty
+        assert scores[row].tolist() == [*(queries[row] @ documents[j] for j in below), *(-np.inf for _ in empty)]
+
+
 def test_all_documents_equal_come_by_id_descending() -> None:
     ids = [f"d{i}" for i in range(1000)]
     _, found = top_k(np.ones((3, 4), np.float32), [np.ones((1000, 4), np.float32)], ids, 5)
