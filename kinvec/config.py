@@ -64,6 +64,15 @@ def dump(settings: Settings) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")), resolve=True)
 
 
+def merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of both, those of `after` winning; mappings within are merged alike."""
+    both = {**before, **after}
+    for key in before.keys() & after.keys():
+        if isinstance(before[key], Mapping) and isinstance(after[key], Mapping):
+            both[key] = merged(before[key], after[key])
+    return both
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Each leaf that differs, as `trainer.lr: 2e-05 → 3e-05`."""
     for key in dict.fromkeys([*old, *new]):

@@ -20,7 +20,7 @@ import torch
 from kinvec import tasks
 from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precision, round_weights, set_threads
 from kinvec.card import write_card
-from kinvec.config import differences, dump
+from kinvec.config import differences, dump, merged
 from kinvec.console import say
 from kinvec.contracts import KinvecError, RecipeError, RetrievalData
 from kinvec.embedder import Embedder, add_language_head, configure, open_folder, unrounded, with_prompts
@@ -139,16 +139,17 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
 
 def _same_run(folder: Path, identity: Mapping[str, Any]) -> None:
     old = json.loads((folder / RUN_FILE).read_text("utf-8"))
-    changed = [*differences(old["settings"], identity["settings"])]
+    before = merged(_identity(Recipe()), old["settings"])  # a setting that did not exist then was as its default is
+    changed = [*differences(before, identity["settings"])]
     changed += [f"{line.split(':')[0]}: its content differs" for line in differences(old["inputs"], identity["inputs"])]
     if changed:
         raise KinvecError(
             f"{folder}: holds a run with other settings ({'; '.join(changed[:5])}); "
             "choose another out=, or --force to start afresh"
         )
-    before = json.loads((folder / "environment.json").read_text("utf-8")).get("threads")
-    if before != torch.get_num_threads():
-        say(f"warning: begun with {before} threads, continued with {torch.get_num_threads()}: last bits may differ")
+    threads = json.loads((folder / "environment.json").read_text("utf-8")).get("threads")
+    if threads != torch.get_num_threads():
+        say(f"warning: begun with {threads} threads, continued with {torch.get_num_threads()}: last bits may differ")
 
 
 def environment(embedder: Embedder) -> dict[str, Any]:

@@ -499,6 +499,12 @@ def test_finished_other_settings_other_data_and_force(
     code, said = main(*argv)
     assert code == 0 and "this run is finished; --force starts it afresh" in said
 
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    del told["settings"]["data"]["limit"], told["settings"]["trainer"]["keep_best"]  # as before there were such settings
+    (tmp_path / "run" / "run.json").write_text(json.dumps(told))
+    assert "this run is finished" in main(*argv)[1]
+    assert "data.limit: None → 3" in main(*argv, "data.limit=3")[1]
+
     code, said = main(*argv, "trainer.lr=0.002", "data.negatives_per_query=1")
     assert code == 1 and "trainer.lr: 0.001 → 0.002" in said and "data.negatives_per_query: 4 → 1" in said
     assert "--force" in said and "Traceback" not in said
