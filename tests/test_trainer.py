@@ -500,7 +500,7 @@ def test_finished_other_settings_other_data_and_force(
     assert code == 0 and "this run is finished; --force starts it afresh" in said
 
     told = json.loads((tmp_path / "run" / "run.json").read_text())
-    del told["settings"]["data"]["limit"], told["settings"]["trainer"]["keep_best"]  # as before there were such settings
+    del told["settings"]["data"]["limit"], told["settings"]["attention"]  # as before there were such settings
     (tmp_path / "run" / "run.json").write_text(json.dumps(told))
     assert "this run is finished" in main(*argv)[1]
     assert "data.limit: None → 3" in main(*argv, "data.limit=3")[1]
