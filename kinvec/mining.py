@@ -9,8 +9,9 @@ Shapes: q = queries, n = documents, d = dimensions, k = candidates of a query.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from kinvec.files import text_keys
 from kinvec.tasks.lexical import rankings
 from kinvec.topk import DOCUMENT_ROWS, pair_scores, top_k
 
+Judge = Callable[[str, Sequence[str]], np.ndarray]
 TEXTS_AT_ONCE = 65_536
 QUERIES_AT_ONCE = 32_768
 
@@ -109,27 +111,34 @@ def known(data: RetrievalData) -> Judged:
 
 def mine(
     data: RetrievalData, judged: Judged, queries: Float[np.ndarray, "q d"], shards: Sequence[np.ndarray],
-    settings: MiningSettings,
+    settings: MiningSettings, judge: Judge | None = None,
 ) -> Iterator[Mined]:  # fmt: skip
     """Negatives of the queries of `data.qrels`, in their order, with vectors of them and of the corpus [_, d].
 
-    The corpus is read once for every `QUERIES_AT_ONCE` queries; memory grows with neither.
+    Every query has a positive. With `judge`, a cross-encoder, the limits are on its scores of candidates and positives;
+    the order stays that of the search. The corpus is read once for every `QUERIES_AT_ONCE` queries; memory grows with
+    neither.
     """
     texts = [data.queries[query] for query in data.qrels]
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         group = range(start, min(start + QUERIES_AT_ONCE, len(queries)))
         vectors = np.ascontiguousarray(queries[group.start : group.stop], dtype=np.float32)
-        own = [_scores(vectors[place], judged.positives[query], shards) for place, query in enumerate(group)]
+
+        def score(query: int, rows: Sequence[int], vectors: np.ndarray = vectors, first: int = start) -> np.ndarray:
+            if judge is not None:
+                return judge(texts[query], [data.corpus.texts[row] for row in rows])
+            return _scores(vectors[query - first], rows, shards)
+
         deepest = settings.skip + settings.depth + max(len(judged.barred[query]) for query in group)
         dense = _search(vectors, shards, data.corpus.ids, deepest)
         lexical = np.full((len(group), 0), -1, dtype=np.int64)
         if settings.lexical:
             lexical = rankings(texts[group.start : group.stop], data.corpus, deepest)[1]
         found = [
-            _chosen(query, judged, own[place], vectors[place], shards, dense[1][place], lexical[place], settings)
+            _chosen(query, judged, partial(score, query), dense[1][place], lexical[place], settings)
             for place, query in enumerate(group)
         ]
-        yield from _filled(found, judged, vectors, shards, data.corpus.ids, settings)
+        yield from found if judge else _filled(found, judged, vectors, shards, data.corpus.ids, settings)
 
 
 def _filled(
@@ -173,15 +182,14 @@ def _shown(shards: Sequence[np.ndarray], bar: Progress) -> Iterator[np.ndarray]:
 
 
 def _chosen(
-    query: int, judged: Judged, own: Float32[np.ndarray, " p"], vector: Float32[np.ndarray, " d"],
-    shards: Sequence[np.ndarray], dense: Int64[np.ndarray, " k"], lexical: Int64[np.ndarray, " l"],
-    settings: MiningSettings,
+    query: int, judged: Judged, score: Callable[[Sequence[int]], np.ndarray], dense: Int64[np.ndarray, " k"],
+    lexical: Int64[np.ndarray, " l"], settings: MiningSettings,
 ) -> Mined:  # fmt: skip
-    """The query's negatives among the candidates of both lists; `own` are the scores of its positives."""
+    """The query's negatives among the candidates of both lists."""
     window = slice(settings.skip, settings.skip + settings.depth)
     near, words = (_free(rows, judged.barred[query])[window] for rows in (dense, lexical))
     rows, sources = _merged(near, words)
-    values = _scores(vector, rows, shards)
+    own, values = score(judged.positives[query]), score(rows.tolist())
     above = values > ceiling(float(own.min()), settings)
     left = np.flatnonzero(~above & (values >= _floor(settings)))
     if settings.draw == "random" and len(left) > settings.negatives:
@@ -228,7 +236,7 @@ def _merged(near: Int64[np.ndarray, " a"], words: Int64[np.ndarray, " b"]) -> tu
 
 
 def _scores(
-    vector: Float32[np.ndarray, " d"], rows: Sequence[int] | Int64[np.ndarray, " r"], shards: Sequence[np.ndarray]
+    vector: Float32[np.ndarray, " d"], rows: Sequence[int], shards: Sequence[np.ndarray]
 ) -> Float32[np.ndarray, " r"]:
     """The query's score with each row, as a search has it."""
     places = np.arange(len(rows))

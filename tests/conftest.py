@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tiny_models import WORDS, config_of, save_plain, tokenizer_of
 
+hypothesis.settings.register_profile("kinvec", deadline=None)  # speed is no test's business
+hypothesis.settings.load_profile("kinvec")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

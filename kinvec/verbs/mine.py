@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from kinvec.mining import MiningSettings
 
 BEGUN, MANIFEST = "mine.json", "manifest.json"  # whose folder it is, from the start; that it is finished
+SAID = "reranker.jsonl"  # what the reranker said so far
 
 
 def mine(
@@ -25,6 +28,7 @@ def mine(
     settings: MiningSettings | None = None,
     *,
     split: str = "train",
+    reranker: str | None = None,
     force: bool = False,
     precision: str = "auto",
     device: str = "auto",
@@ -42,23 +46,39 @@ def mine(
     from kinvec.console import say
     from kinvec.embedder import Embedder
     from kinvec.files import open_retrieval, write_json
+    from kinvec.reranker import open_reranker, remembering
 
     settings = settings or mining.MiningSettings()
     set_threads(threads)
-    folder, problem = Path(out), open_retrieval(data, split=split)
+    folder, problem = Path(out), _with_positives(open_retrieval(data, split=split))
     embedder = Embedder.load(model, precision=precision, device=device)
-    begun = _identity(embedder, problem, settings)
+    judge, judge_is = open_reranker(reranker, precision, device) if reranker else (None, None)
+    begun = _identity(embedder, problem, settings) | {"reranker": judge_is}
     if _claim(folder, begun, force):
         say(f"{folder} is finished: the same model, data and settings; --force makes it again")
         return json.loads((folder / "audit.json").read_text("utf-8"))
     judged = mining.known(problem)
     vectors = _vectors(folder / "vectors", embedder, problem)
-    found = list(mining.mine(problem, judged, *vectors, settings))
-    _write_rows(folder / "train.jsonl", problem, found)
+    with remembering(judge, folder / SAID) if judge else nullcontext() as asked:
+        found = list(mining.mine(problem, judged, *vectors, settings, asked))
+    _write_rows(folder / "train.jsonl", problem, found, teacher=judge is not None)
     told = {"model": str(model), "data": str(data), **audit(problem, found, settings)}
     write_json(folder / "audit.json", told)
     write_json(folder / MANIFEST, {**begun, "rows": len(found)})
     return told
+
+
+def _with_positives(problem: RetrievalData) -> RetrievalData:
+    """The problem without queries for which no document is judged relevant."""
+    from kinvec.console import say
+    from kinvec.contracts import KinvecError
+
+    qrels = {query: judged for query, judged in problem.qrels.items() if any(grade > 0 for grade in judged.values())}
+    if not qrels:
+        raise KinvecError(f"{problem.name}: no query has a relevant document; nothing can be mined")
+    if len(qrels) < len(problem.qrels):
+        say(f"{len(problem.qrels) - len(qrels):,} queries without a relevant document are left out")
+    return replace(problem, qrels=qrels)
 
 
 def _identity(embedder: Embedder, problem: RetrievalData, settings: MiningSettings) -> dict[str, Any]:
@@ -83,7 +103,8 @@ def _claim(folder: Path, begun: dict[str, Any], force: bool) -> bool:
             raise KinvecError(f"{folder} was made with other settings ({changed}); name another folder, or add --force")
         sweep(folder)
         return (folder / MANIFEST).is_file()
-    (folder / MANIFEST).unlink(missing_ok=True)
+    for name in (MANIFEST, SAID):
+        (folder / name).unlink(missing_ok=True)
     write_json(folder / BEGUN, begun)
     return False
 
@@ -116,7 +137,8 @@ def _vectors(folder: Path, embedder: Embedder, problem: RetrievalData) -> tuple[
     return np.concatenate(kept["query"].shards), kept["doc"].shards
 
 
-def _write_rows(path: Path, problem: RetrievalData, found: list[Any]) -> None:
+def _write_rows(path: Path, problem: RetrievalData, found: list[Any], teacher: bool) -> None:
+    """Training data, one query a line; with a teacher, its scores of the positives beside those of the negatives."""
     from kinvec.files import write_lines
 
     ids, texts = problem.corpus.ids, problem.corpus.texts
@@ -129,6 +151,8 @@ def _write_rows(path: Path, problem: RetrievalData, found: list[Any]) -> None:
             "neg_id": [ids[doc] for doc in mined.negatives], "neg_doc": [texts[doc] for doc in mined.negatives],
             "neg_score": [round(score, 6) for score in mined.scores],
         }  # fmt: skip
+        if teacher:
+            row["pos_score"] = [round(score, 6) for score in mined.positive_scores]
         return json.dumps(row, ensure_ascii=False)
 
     write_lines(path, map(line, found))
@@ -148,6 +172,7 @@ def command(
     lowest: Annotated[float | None, typer.Option(help="Lowest score of a negative.")] = None,
     draw: Annotated[str, typer.Option(help="top: the first that are left; random: a draw of them.")] = "top",
     bm25: Annotated[bool, typer.Option("--bm25", help="Candidates of BM25 beside the model's.")] = False,
+    reranker: Annotated[str | None, typer.Option(help="A cross-encoder, whose scores the limits are then on.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random draw.")] = 42,
     force: Annotated[bool, typer.Option("--force", help="Start afresh, whatever --out was made with.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the audit as JSON.")] = False,
@@ -168,8 +193,8 @@ def command(
         "highest": highest, "lowest": lowest, "draw": draw, "lexical": bm25, "seed": seed,
     }  # fmt: skip
     told = mine(
-        model, data, out, load(MiningSettings, given), split=split, force=force, precision=precision, device=device,
-        threads=threads,
+        model, data, out, load(MiningSettings, given), split=split, reranker=reranker, force=force,
+        precision=precision, device=device, threads=threads,
     )  # fmt: skip
     if as_json:
         print(json.dumps(told, indent=2, ensure_ascii=False))
