@@ -71,6 +71,48 @@ LOSSES: dict[bool, Any] = {False: info_nce, True: info_nce_both_ways}
 """By whether both directions count."""
 
 
+# --- Distillation ---------------------------------------------------------------------------------------------------
+
+
+def kl_distillation(
+    queries: Float[Tensor, "B d"],
+    documents: Float[Tensor, "N d"],
+    owner: Int[Tensor, " N"],
+    teacher: Float[Tensor, " N"],
+    weights: Float[Tensor, " B"],
+    temperature: float,
+    teacher_temperature: float,
+) -> Float[Tensor, ""]:
+    """KL(teacher ‖ student) over the documents that a query brought, the mean over queries weighted by `weights`.
+
+    The distributions are softmaxes of cosines / temperature and of the teacher's scores / teacher_temperature (RocketQA
+    v2, Ren et al. 2021). `owner[j]` is the query that brought document j, `teacher[j]` their score.
+    """
+    others = owner[None] != torch.arange(len(queries), device=owner.device)[:, None]
+    student = (_cosine(queries, documents) / temperature).masked_fill(others, float("-inf")).log_softmax(1)
+    wanted = (teacher[None] / teacher_temperature).masked_fill(others, float("-inf")).log_softmax(1)
+    each = (wanted.exp() * (wanted - student).masked_fill(others, 0.0)).nan_to_num(0.0).sum(1)
+    return (each * weights).sum() / weights.sum()
+
+
+def margin_mse(
+    queries: Float[Tensor, "B d"],
+    documents: Float[Tensor, "N d"],
+    owner: Int[Tensor, " N"],
+    teacher: Float[Tensor, " N"],
+    weights: Float[Tensor, " B"],
+) -> Float[Tensor, ""]:
+    """Mean squared error between the margins of student and teacher (Hofstätter et al. 2020).
+
+    A margin is the score of a query's positive (document i of query i) less that of a negative it brought (documents
+    from B on); the student's scores are cosines. Negatives of a query share its weight.
+    """
+    cosines, own = paired_cosine(queries[owner], documents), owner[len(queries) :]
+    student, wanted = (scores[own] - scores[len(queries) :] for scores in (cosines, teacher))
+    share = weights[own] / torch.bincount(own, minlength=len(queries))[own]
+    return ((student - wanted).square() * share).sum() / share.sum()
+
+
 # --- Labelled texts -------------------------------------------------------------------------------------------------
 
 

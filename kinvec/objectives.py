@@ -21,8 +21,19 @@ from torch import Tensor
 
 from kinvec.batching import Pack
 from kinvec.config import Settings
-from kinvec.contracts import RecipeError
-from kinvec.losses import LOSSES, TRIPLETS, Mined, cosent, cosine_regression, paired_angle, paired_cosine, sup_con
+from kinvec.contracts import KinvecError, RecipeError
+from kinvec.losses import (
+    LOSSES,
+    TRIPLETS,
+    Mined,
+    cosent,
+    cosine_regression,
+    kl_distillation,
+    margin_mse,
+    paired_angle,
+    paired_cosine,
+    sup_con,
+)
 from kinvec.masking import Cloze, MaskingSettings, Task, ask, hidden_token
 from kinvec.sampling import Batch, LabelBatch, PairBatch, ScoredBatch, TextBatch
 
@@ -34,11 +45,13 @@ class ObjectiveSettings(Settings):
     """The training objective and its settings."""
 
     name: str = "contrastive"
-    """`contrastive` for queries and documents; `triplet` or `supcon` for labelled texts; `cosent`, `angle` or `cosine`
-    for scored pairs; `simcse`, `mlm`, `mntp` or `clm` for plain texts; or your own as `my_file.py:my_loss`, a function
-    of (queries, documents, batch) → loss."""
+    """`contrastive` for queries and documents, `kl` or `margin_mse` where a teacher has scored them; `triplet` or
+    `supcon` for labelled texts; `cosent`, `angle` or `cosine` for scored pairs; `simcse`, `mlm`, `mntp` or `clm` for
+    plain texts; or your own as `my_file.py:my_loss`, a function of (queries, documents, batch) → loss."""
     temperature: float = Field(0.05, gt=0)
     """Cosines are divided by this (the scale of MultipleNegativesRankingLoss or CoSENTLoss is 1 / temperature)."""
+    teacher_temperature: float = Field(1.0, gt=0)
+    """The teacher's scores are divided by this in `kl`."""
     hard_negatives: Literal["shared", "own"] = "shared"
     """Whether a query sees every hard negative of the batch, or only those of its own row."""
     in_batch: bool = True
@@ -141,6 +154,34 @@ def contrastive(settings: ObjectiveSettings) -> Objective:
     return Objective("contrastive", loss)
 
 
+def kl(settings: ObjectiveSettings) -> Objective:
+    """Distillation: the softmax over a query's own documents as the teacher has it."""
+
+    def loss(queries: Float[Tensor, "B d"], documents: Float[Tensor, "N d"], batch: PairBatch) -> Float[Tensor, ""]:
+        own = _taught(batch, queries)
+        return kl_distillation(queries, documents, *own, settings.temperature, settings.teacher_temperature)
+
+    return Objective("kl", loss)
+
+
+def distilled_margins(settings: ObjectiveSettings) -> Objective:
+    """Distillation: the distance between a query's positive and its negatives as the teacher has it."""
+
+    def loss(queries: Float[Tensor, "B d"], documents: Float[Tensor, "N d"], batch: PairBatch) -> Float[Tensor, ""]:
+        return margin_mse(queries, documents, *_taught(batch, queries))
+
+    return Objective("margin_mse", loss)
+
+
+def _taught(batch: PairBatch, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(owner, teacher's scores, weights). Raises `KinvecError` for a batch without them, or without negatives."""
+    count = len(batch.queries)
+    if len(batch.documents) == count or bool((batch.scores[:count] == 1).all()):
+        missing = "hard negatives" if len(batch.documents) == count else "teacher's scores (pos_score, neg_score)"
+        raise KinvecError(f"the data have no {missing} to distil from; kinvec mine --reranker makes them")
+    return batch.owner.to(queries.device), batch.scores.to(queries), batch.weights.to(queries)
+
+
 def triplet(settings: ObjectiveSettings) -> Objective:
     """Triplets mined among the labelled texts of the batch; the log shows the share that still has a loss."""
     soft = settings.mining == "hard-soft-margin"
@@ -211,6 +252,8 @@ def scored(name: str, loss_of: Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "contrastive": contrastive,
+    "kl": kl,
+    "margin_mse": distilled_margins,
     "triplet": triplet,
     "supcon": supcon,
     "cosent": scored("cosent", lambda a, b, scores, t: cosent(paired_cosine(a, b), scores, t)),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from kinvec.contracts import Encoder, RecipeError, RetrievalData
+from kinvec.contracts import Encoder, KinvecError, RetrievalData
 from kinvec.objectives import Objective
 from kinvec.sampling import PairBatch
 from kinvec.tasks.evaluation import unit
@@ -74,7 +74,7 @@ def validation(
             with torch.no_grad():
                 total += float(objective.loss(queries, documents, batch)) * len(batch.queries)
             rows += len(batch.queries)
-    except RecipeError:  # an objective of hard negatives alone
+    except KinvecError:  # an objective that needs negatives or a teacher's scores, and dev has none
         return found
     return {"val_loss": total / rows} | found
 
@@ -119,7 +119,8 @@ def _batch(data: RetrievalData, rows: Sequence[tuple[str, list[str], list[str]]]
     excluded = torch.tensor([[text in known for text in documents] for known in no_negative])
     excluded.fill_diagonal_(False)
     ones = torch.ones(len(rows))
+    graded = (torch.arange(len(documents)) < len(rows)).float()
     names = [query for query, *_ in rows]
     return PairBatch(
-        queries, documents, torch.arange(len(rows)), excluded, torch.tensor(owner), ones, ones, query_ids=names
+        queries, documents, torch.arange(len(rows)), excluded, torch.tensor(owner), ones, graded, query_ids=names
     )

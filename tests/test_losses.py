@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor
 
-from kinvec.contracts import RecipeError
+from kinvec.contracts import KinvecError, RecipeError
 from kinvec.losses import info_nce, info_nce_both_ways
 from kinvec.objectives import ObjectiveSettings, make_objective
 from kinvec.sampling import PairBatch
@@ -145,7 +146,7 @@ def batch_of(excluded: Tensor, owner: list[int], weights: list[float]) -> PairBa
     return PairBatch(
         queries=[f"q{i}" for i in range(count)], documents=[f"d{j}" for j in range(documents)],
         targets=torch.arange(count), excluded=excluded, owner=torch.tensor(owner), weights=torch.tensor(weights),
-        scores=torch.ones(count), query_ids=[f"q{i}" for i in range(count)],
+        scores=torch.ones(documents), query_ids=[f"q{i}" for i in range(count)],
     )  # fmt: skip
 
 
@@ -191,6 +192,56 @@ def test_own_negatives_alone() -> None:
     without = batch_of(torch.zeros(3, 3, dtype=torch.bool), [0, 1, 2], [1.0, 1.0, 1.0])
     with pytest.raises(RecipeError, match="in_batch=false needs hard negatives"):
         make_objective(ObjectiveSettings(in_batch=False)).loss(queries, documents[:3], without)
+
+
+def taught_batch() -> tuple[PairBatch, Tensor, Tensor]:
+    """Three queries with two, no and one negative; teacher's scores of every document for the query that brought it."""
+    torch.manual_seed(1)
+    owner = [0, 1, 2, 0, 0, 2]
+    batch = batch_of(torch.zeros(3, 6, dtype=torch.bool), owner, [1.0, 0.5, 2.0])
+    return replace(batch, scores=torch.rand(6)), torch.randn(3, 8), torch.randn(6, 8)
+
+
+def test_kl_is_that_of_the_softmaxes_over_a_querys_own_documents() -> None:
+    batch, queries, documents = taught_batch()
+    objective = make_objective(ObjectiveSettings(name="kl", temperature=0.1, teacher_temperature=0.5))
+    expected = 0.0
+    for row, weight in enumerate(batch.weights.tolist()):
+        own = [j for j, owner in enumerate(batch.owner.tolist()) if owner == row]
+        student = torch.tensor([cosine(queries[row].tolist(), documents[j].tolist()) for j in own]) / 0.1
+        teacher = batch.scores[own] / 0.5
+        divergence = torch.nn.functional.kl_div(student.log_softmax(0), teacher.softmax(0), reduction="sum")
+        expected += weight * divergence.item() / 3.5
+    queries.requires_grad_(True)
+    found = objective.loss(queries, documents, batch)
+    assert found.item() == pytest.approx(expected, abs=1e-5) and found.item() > 0.01
+    found.backward()
+    assert queries.grad is not None and queries.grad.isfinite().all() and queries.grad[0].abs().sum() > 0
+
+
+def test_margin_mse_is_over_margins_of_positive_and_own_negatives() -> None:
+    batch, queries, documents = taught_batch()
+    found = make_objective(ObjectiveSettings(name="margin_mse")).loss(queries, documents, batch)
+    errors: dict[int, list[float]] = {0: [], 2: []}
+    for j in range(3, 6):
+        row = int(batch.owner[j])
+        ours = cosine(queries[row].tolist(), documents[row].tolist()) - cosine(
+            queries[row].tolist(), documents[j].tolist()
+        )
+        errors[row].append((ours - float(batch.scores[row] - batch.scores[j])) ** 2)
+    expected = (1.0 * sum(errors[0]) / 2 + 2.0 * errors[2][0]) / 3
+    assert found.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kl", "margin_mse"])
+def test_a_teacher_that_said_nothing_is_missed(name: str) -> None:
+    batch, queries, documents = taught_batch()
+    objective = make_objective(ObjectiveSettings(name=name))
+    with pytest.raises(KinvecError, match="no teacher's scores"):
+        objective.loss(queries, documents, replace(batch, scores=torch.tensor([1.0, 1, 1, 0, 0, 0])))
+    alone = batch_of(torch.zeros(3, 3, dtype=torch.bool), [0, 1, 2], [1.0] * 3)
+    with pytest.raises(KinvecError, match="no hard negatives"):
+        objective.loss(queries, documents[:3], replace(alone, scores=torch.rand(3)))
 
 
 @pytest.mark.parametrize("dimensions", [[8], [8, 4, 2], [3]])

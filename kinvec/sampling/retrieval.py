@@ -27,7 +27,8 @@ class PairBatch:
     """B queries against N documents: row i's positive is document `targets[i]`; hard negatives follow the positives.
 
     `excluded[i, j]` is True where document j is no negative for query i although it is not its target: it is another
-    known positive, a duplicate of one, or the query's own text. `owner[j]` is the row that brought document j.
+    known positive, a duplicate of one, or the query's own text. `owner[j]` is the row that brought document j, and
+    `scores[j]` what the data say of the two: a grade, or a teacher's score.
     """
 
     queries: list[str]
@@ -36,7 +37,7 @@ class PairBatch:
     excluded: Bool[Tensor, "B N"]
     owner: Int[Tensor, " N"]
     weights: Float[Tensor, " B"]
-    scores: Float[Tensor, " B"]
+    scores: Float[Tensor, " N"]
     query_ids: list[str]
 
     @property
@@ -158,11 +159,13 @@ def build_batch(
     """Lay out positives, then hard negatives, and mark what must not count as a negative."""
     texts = [example.positives[place] for example, place in picked]
     ids = [example.positive_ids[place] for example, place in picked]
+    scores = [example.positive_scores[place] for example, place in picked]
     owner = list(range(len(picked)))
     for row, (example, _) in enumerate(picked):
         for i in _choose(len(example.negatives), settings, draw):
             texts.append(example.negatives[i])
             ids.append(example.negative_ids[i] if example.negative_ids else "")
+            scores.append(example.negative_scores[i] if example.negative_scores else 0.0)
             owner.append(row)
     return PairBatch(
         queries=[example.query for example, _ in picked],
@@ -171,7 +174,7 @@ def build_batch(
         excluded=_excluded([example for example, _ in picked], texts, ids, known),
         owner=torch.tensor(owner),
         weights=torch.tensor(weights, dtype=torch.float32),
-        scores=torch.tensor([example.positive_scores[place] for example, place in picked]),
+        scores=torch.tensor(scores),
         query_ids=[example.query_id for example, _ in picked],
     )
 
@@ -198,7 +201,7 @@ def join(batches: Sequence[PairBatch], known: Sequence[KnownPositives]) -> PairB
         queries, documents, targets, excluded,
         owner=torch.tensor([starts[place] + int(batches[place].owner[column]) for place, column in columns]),
         weights=torch.cat([batch.weights for batch in batches]),
-        scores=torch.cat([batch.scores for batch in batches]),
+        scores=torch.tensor([float(batches[place].scores[column]) for place, column in columns]),
         query_ids=[query for batch in batches for query in batch.query_ids],
     )  # fmt: skip
 
