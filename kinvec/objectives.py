@@ -11,17 +11,20 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from kinvec.batching import Pack
 from kinvec.config import Settings
 from kinvec.contracts import KinvecError, RecipeError
+from kinvec.embedder import Embedder
 from kinvec.losses import (
     LOSSES,
     TRIPLETS,
@@ -54,6 +57,10 @@ class ObjectiveSettings(Settings):
     """The teacher's scores are divided by this in `kl`."""
     hard_negatives: Literal["shared", "own"] = "shared"
     """Whether a query sees every hard negative of the batch, or only those of its own row."""
+    guide: str | None = None
+    """A model that judges the batch: what it finds nearer to a query than the positive is no negative (GIST)."""
+    guide_margin: float = Field(0.0, ge=0)
+    """Nor is what the guide finds less than this farther than the positive, as a difference of cosines."""
     in_batch: bool = True
     """Whether the documents of other queries are negatives too; false leaves a query's own hard negatives alone."""
     dimensions: list[int] = []
@@ -136,10 +143,11 @@ def matryoshka(loss: Loss, dimensions: Sequence[int]) -> Loss:
 def contrastive(settings: ObjectiveSettings) -> Objective:
     """InfoNCE over the batch: in-batch negatives, hard negatives, known positives and duplicates masked."""
     score = LOSSES[settings.both_directions]
+    suspicious = None if settings.guide is None else guided(settings.guide, settings.guide_margin)
 
     def loss(queries: Float[Tensor, "B d"], documents: Float[Tensor, "N d"], batch: PairBatch) -> Float[Tensor, ""]:
         device = queries.device
-        excluded = batch.excluded
+        excluded = batch.excluded if suspicious is None else batch.excluded | suspicious(batch)
         others = batch.owner[None] != torch.arange(len(batch.queries))[:, None]
         if not settings.in_batch:
             if len(batch.documents) == len(batch.queries):
@@ -152,6 +160,26 @@ def contrastive(settings: ObjectiveSettings) -> Objective:
         return score(queries, documents, *tensors, settings.temperature, settings.label_smoothing)
 
     return Objective("contrastive", loss)
+
+
+def guided(name: str, margin: float) -> Callable[[PairBatch], Bool[Tensor, "B N"]]:
+    """Which documents of a batch a guide takes for unjudged positives of which query (GISTEmbed, Solatorio 2024).
+
+    Those whose cosine with the query, as the guide embeds both, is above that of the query's positive less `margin`.
+    The guide is opened at the first batch.
+    """
+    opened = cache(partial(Embedder.load, name))
+
+    def suspicious(batch: PairBatch) -> Bool[Tensor, "B N"]:
+        queries, documents = (
+            torch.from_numpy(opened().encode(texts, prompt=opened().prompts.get(side, ""), progress=False))
+            for side, texts in (("query", batch.queries), ("document", batch.documents))
+        )
+        cosines = functional.normalize(queries, dim=1) @ functional.normalize(documents, dim=1).T
+        near = cosines > cosines.gather(1, batch.targets[:, None]) - margin
+        return near.scatter(1, batch.targets[:, None], False)
+
+    return suspicious
 
 
 def kl(settings: ObjectiveSettings) -> Objective:

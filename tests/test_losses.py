@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from tiny_models import WORDS
 from torch import Tensor
 
 from kinvec.contracts import KinvecError, RecipeError
+from kinvec.embedder import Embedder
 from kinvec.losses import info_nce, info_nce_both_ways
 from kinvec.objectives import ObjectiveSettings, make_objective
 from kinvec.sampling import PairBatch
@@ -192,6 +194,27 @@ def test_own_negatives_alone() -> None:
     without = batch_of(torch.zeros(3, 3, dtype=torch.bool), [0, 1, 2], [1.0, 1.0, 1.0])
     with pytest.raises(RecipeError, match="in_batch=false needs hard negatives"):
         make_objective(ObjectiveSettings(in_batch=False)).loss(queries, documents[:3], without)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.02])
+def test_a_guide_masks_what_it_finds_nearer_than_the_positive(tiny_folder: Any, margin: float) -> None:
+    """As it embeds the texts itself, behind its own prompts; the positive stays, whatever the guide thinks of it."""
+    texts = [" ".join(WORDS[i : i + 5]) for i in range(0, 45, 5)]
+    batch = replace(
+        batch_of(torch.zeros(3, 6, dtype=torch.bool), [0, 1, 2, 0, 1, 2], [1.0] * 3),
+        queries=texts[:3], documents=texts[3:],
+    )  # fmt: skip
+    guide = Embedder.load(tiny_folder)
+    ours, theirs = (torch.from_numpy(guide.encode(side)) for side in (batch.queries, batch.documents))
+    cosines = torch.nn.functional.cosine_similarity(ours[:, None], theirs[None], dim=-1)
+    closed = cosines > cosines.diag()[:, None] - margin
+    closed[torch.arange(3), torch.arange(3)] = False
+    assert 0 < closed.sum() < 15
+    settings = {"guide": str(tiny_folder), "guide_margin": margin, "temperature": 0.1}
+    queries, documents = torch.randn(3, 8), torch.randn(6, 8)
+    found = make_objective(ObjectiveSettings(**settings)).loss(queries, documents, batch)
+    expected = by_loops(queries, documents, batch.targets, closed, batch.weights, temperature=0.1, smoothing=0.0)
+    assert found.item() == pytest.approx(expected, abs=1e-5)
 
 
 def taught_batch() -> tuple[PairBatch, Tensor, Tensor]:
