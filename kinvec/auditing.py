@@ -37,7 +37,7 @@ def audit(data: RetrievalData, found: Sequence[Mined], settings: MiningSettings)
         "mean_scores": {"positives": _mean(positives), "negatives": _mean(negatives)},
         "histogram": _histogram(positives, negatives),
         "sources": {name: count / len(negatives) for name, count in sources.most_common()},
-        "suspected": sum(len(mined.suspects) for mined in found),
+        "suspected": sum(mined.suspected for mined in found),
         "suspects": _suspects(data, found),
         "hubs": _hubs(data, found),
     }
@@ -60,12 +60,7 @@ def _histogram(positives: np.ndarray, negatives: np.ndarray) -> dict[str, list[f
 def _suspects(data: RetrievalData, found: Sequence[Mined]) -> list[dict[str, Any]]:
     """The most suspicious candidate of each query, those farthest above its lowest positive first."""
     queries = list(data.qrels)
-    worst = []
-    for mined in found:
-        if mined.suspects:
-            place = int(np.argmax(mined.suspect_scores))
-            excess = mined.suspect_scores[place] - min(mined.positive_scores)
-            worst.append((excess, mined, mined.suspects[place], mined.suspect_scores[place]))
+    worst = [(mined.suspect[1] - min(mined.positive_scores), mined, *mined.suspect) for mined in found if mined.suspect]
     worst.sort(key=lambda entry: -entry[0])
     return [
         {

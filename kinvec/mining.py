@@ -59,8 +59,8 @@ class MiningSettings(Settings):
 class Mined:
     """A query's negatives, best first, as rows of the corpus; and what the audit counts.
 
-    `sources` says for each negative whether the model, BM25 or both brought it. `suspects` are candidates above the
-    limits: perhaps positives.
+    `sources` says for each negative whether the model, BM25 or both brought it. `suspected` candidates scored above the
+    limits, and are perhaps positives; `suspect` is the row and score of the first of them.
     """
 
     query: int
@@ -69,8 +69,8 @@ class Mined:
     negatives: list[int]
     scores: list[float]
     sources: list[str]
-    suspects: list[int]
-    suspect_scores: list[float]
+    suspected: int
+    suspect: tuple[int, float] | None
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _filled(
     ids: Sequence[str], settings: MiningSettings,
 ) -> list[Mined]:  # fmt: skip
     """Where limits have left too few, the nearest documents below them, however deep: a second search for those."""
-    few = [place for place, mined in enumerate(found) if mined.suspects and len(mined.negatives) < settings.negatives]
+    few = [place for place, mined in enumerate(found) if mined.suspected and len(mined.negatives) < settings.negatives]
     if not few:
         return found
     ceilings = np.array([ceiling(min(found[place].positive_scores), settings) for place in few], dtype=np.float32)
@@ -196,9 +196,11 @@ def _chosen(
         draw = np.random.default_rng([settings.seed, query])
         left = np.sort(draw.choice(left, settings.negatives, replace=False))
     left = left[: settings.negatives]
+    worst = int(np.argmax(values)) if above.any() else None
     return Mined(
         query, judged.positives[query], own.tolist(), rows[left].tolist(), values[left].tolist(),
-        [sources[place] for place in left.tolist()], rows[above].tolist(), values[above].tolist(),
+        [sources[place] for place in left.tolist()], int(above.sum()),
+        None if worst is None else (int(rows[worst]), float(values[worst])),
     )  # fmt: skip
 
 

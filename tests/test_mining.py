@@ -80,7 +80,8 @@ def test_negatives_equal_a_reference_that_looks_at_every_pair(
         deeper = [d for d in allowed if d not in within] if len(within) < len(window) else []
         assert mined.negatives == (within + deeper)[:negatives]
         assert mined.scores == [exact[row, d] for d in mined.negatives]
-        assert mined.suspects == [d for d in window if exact[row, d] > limit]
+        above = [d for d in window if exact[row, d] > limit]
+        assert (mined.suspected, mined.suspect) == (len(above), (above[0], exact[row, above[0]]) if above else None)
         assert mined.positive_scores == [exact[row, d] for d in mined.positives]
 
 
@@ -143,9 +144,9 @@ def test_a_positive_that_is_no_document_is_an_error() -> None:
 def test_the_audit_counts_lists_and_names(tmp_path: Path) -> None:
     data = numbered(20)
     mined = [
-        Mined(0, [0], [0.9], [8, 9], [0.5, 0.4], ["model", "BM25"], [7, 6], [0.95, 0.99]),
-        Mined(1, [1], [0.7], [8], [0.6], ["model"], [5], [0.68]),
-        Mined(2, [2], [0.8], [], [], [], [], []),
+        Mined(0, [0], [0.9], [8, 9], [0.5, 0.4], ["model", "BM25"], 2, (6, 0.99)),
+        Mined(1, [1], [0.7], [8], [0.6], ["model"], 1, (5, 0.68)),
+        Mined(2, [2], [0.8], [], [], [], 0, None),
     ]
     told = audit(data, mined, MiningSettings(negatives=2))
     assert (told["queries"], told["negatives"], told["too_few"], told["suspected"]) == (3, 3, 2, 3)
