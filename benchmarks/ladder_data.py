@@ -43,10 +43,10 @@ class Size:
     hidden: int = 256
     layers: int = 6
     heads: int = 4  # of 64 dimensions, as in Llama 3.2 1B; half as many for keys and values
-    clm: int = 3200  # steps of 16 blocks: two passes over 25,000 of them
-    mntp: int = 400  # steps of 32 blocks: half a pass
-    simcse: int = 150  # steps of 128 sentences: a quarter of a pass over 73,000 of them
-    supervised: int = 500  # steps of 32 pairs, on each of three ways: a fifth more than a pass over 13,300 of them
+    clm: int = 1600  # steps of 16 blocks: one pass over 25,000 of them
+    mntp: int = 240  # steps of 32 blocks: a third of a pass
+    simcse: int = 80  # steps of 128 sentences: a seventh of a pass over 73,000 of them
+    supervised: int = 240  # steps of 32 pairs, on each of three ways: more than half a pass over 13,300 of them
 
 
 @dataclass(frozen=True)
