@@ -1,0 +1,78 @@
+"""A run's folder → one HTML page that needs nothing but itself: data in (`collect`), template, page out (`render`).
+
+`collect` reads what the run has written so far and never fails on what is missing: a run that still goes, or one
+without evaluation, has a page too. Each entry of `SECTIONS` is one template under `templates/`; a new part of the page
+is a new template, its line in `SECTIONS`, and the key of `collect` that it reads, made by a module of its own here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kinvec.contracts import KinvecError
+from kinvec.files import write_text
+from kinvec.reporting.curve import learning_curve, shares
+from kinvec.reporting.data import described
+from kinvec.reporting.reading import flat, read_json, read_log, read_results
+from kinvec.reporting.rendering import axis, compact, render
+from kinvec.reporting.scores import task_table, verdict
+
+SECTIONS = (  # anchor, name in the navigation, template
+    ("scores", "Before and after", "_scores.html.j2"),
+    ("curve", "Learning curve", "_curve.html.j2"),
+    ("examples", "Wins and losses", "_examples.html.j2"),
+    ("data", "Data", "_data.html.j2"),
+    ("settings", "Settings", "_settings.html.j2"),
+)
+
+
+def build_report(run_folder: str | Path) -> Path:
+    """Write `report.html` into the run's folder and return its path."""
+    run_folder = Path(run_folder)
+    return write_text(run_folder / "report.html", render(collect(run_folder)))
+
+
+def collect(run_folder: str | Path) -> dict[str, Any]:
+    """Everything the page shows, as plain values. Raises `KinvecError` where the folder is no run's."""
+    run = Path(run_folder)
+    if not (run / "recipe.yaml").is_file():
+        raise KinvecError(f"{run} is no run folder (it has no recipe.yaml); name the folder that kinvec train wrote")
+    recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    recipe: dict[str, Any] = yaml.safe_load(recipe_text) or {}
+    model = read_json(run / "model" / "kinvec.json")
+    measured = [task_table(base, tuned) for base, tuned in read_results(run)]
+    steps, learned = read_log(run / "log.jsonl"), read_json(run / "data.json")
+    curve = learning_curve(steps)
+    return {
+        "name": run.resolve().name,
+        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "model": str(recipe.get("model", "")),
+        "status": _status(bool(model), curve, measured, recipe),
+        "verdict": verdict(measured, recipe, bool(model)),
+        "tasks": measured,
+        "curve": curve,
+        "sets": shares(steps, learned.get("sets") or {}),
+        "data": described(learned),
+        "recipe": recipe_text.strip(),
+        "lineage": [flat(stage) for stage in model.get("lineage", [])],
+        "environment": flat(read_json(run / "environment.json")),
+        "sections": SECTIONS,
+    }
+
+
+def _status(
+    finished: bool, curve: Mapping[str, Any], measured: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]
+) -> str:
+    if finished and (not recipe.get("evaluate", True) or any(task["by"] for task in measured)):
+        return "finished"
+    if finished:
+        return "trained, not evaluated yet"
+    return f"not finished, {curve['steps']:,} steps so far" if curve["steps"] else "not finished, no step yet"
+
+
+__all__ = ["SECTIONS", "axis", "build_report", "collect", "compact", "render"]
