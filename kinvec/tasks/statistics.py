@@ -15,12 +15,15 @@ from scipy.stats import rankdata
 
 from kinvec import metrics
 
-Rows = Mapping[str, list[Any]]
+Rows = Mapping[str, list[Any] | np.ndarray]
 
 
 class Statistic(NamedTuple):
-    """`each`: a value a row, higher is better, NaN for none. `interval`: 95 %. `difference`: of B − A, with p-value."""
+    """`value`: of all rows. `each`: a value a row, higher is better, NaN for none. `interval`: 95 %.
+    `difference`: of B − A, with p-value.
+    """
 
+    value: Callable[[Rows], float]
     each: Callable[[Rows], Float64[np.ndarray, " n"]]
     interval: Callable[[Rows], tuple[float, float]]
     difference: Callable[[Rows, Rows, int], tuple[tuple[float, float], float]]
@@ -39,7 +42,10 @@ def _mean(name: str) -> Statistic:
         change = _known(each(b) - each(a))
         return metrics.bootstrap_mean(change, seed), metrics.randomisation_p(change, seed)
 
-    return Statistic(each, lambda rows: metrics.bootstrap_mean(_known(each(rows))), difference)
+    return Statistic(
+        lambda rows: metrics.mean(_known(each(rows))), each,
+        lambda rows: metrics.bootstrap_mean(_known(each(rows))), difference,
+    )  # fmt: skip
 
 
 def _known(values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " m"]:
@@ -48,6 +54,11 @@ def _known(values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " m"]:
 
 
 def _correlation(name: str) -> Statistic:
+    correlation = {"spearman_cosine": metrics.spearman, "pearson_cosine": metrics.pearson}[name]
+
+    def value(rows: Rows) -> float:
+        return correlation(np.asarray(rows["score"], np.float64), np.asarray(rows["cosine"], np.float64))
+
     def each(rows: Rows) -> Float64[np.ndarray, " n"]:
         """A pair's agreement: 1 − |rank of the cosine − rank of the score| as a share of all pairs."""
         return 1 - np.abs(rankdata(rows["cosine"]) - rankdata(rows["score"])) / len(rows["score"])
@@ -61,10 +72,13 @@ def _correlation(name: str) -> Statistic:
         found = metrics.bootstrap_correlation(name, gold, x, y, seed)
         return found, metrics.randomisation_correlation(name, gold, x, y, seed)
 
-    return Statistic(each, interval, difference)
+    return Statistic(value, each, interval, difference)
 
 
 def _clusters() -> Statistic:
+    def value(rows: Rows) -> float:
+        return metrics.v_measure(np.array(rows["label"]), np.array(rows["cluster"]))
+
     def each(rows: Rows) -> Float64[np.ndarray, " n"]:
         return metrics.cluster_purity(np.array(rows["label"]), np.array(rows["cluster"]))
 
@@ -76,7 +90,7 @@ def _clusters() -> Statistic:
         found = metrics.bootstrap_v_measure(labels, x, y, seed)
         return found, metrics.randomisation_v_measure(labels, x, y, seed)
 
-    return Statistic(each, interval, difference)
+    return Statistic(value, each, interval, difference)
 
 
 WHOLE_SET: dict[str, Statistic] = {name: _correlation(name) for name in metrics.CORRELATIONS} | {
