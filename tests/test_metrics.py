@@ -130,7 +130,7 @@ def test_randomisation_at_its_ends() -> None:
 def test_chunks_of_resamples_do_not_change_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=50)
     whole = metrics.bootstrap_mean(values), metrics.randomisation_p(values)
-    monkeypatch.setattr(metrics, "DRAWS_AT_A_TIME", 500)
+    monkeypatch.setattr("kinvec.metrics.resampling.DRAWS_AT_A_TIME", 500)
     assert (metrics.bootstrap_mean(values), metrics.randomisation_p(values)) == whole
 
 

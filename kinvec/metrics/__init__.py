@@ -1,0 +1,25 @@
+"""Measures, value by value, and the statistics that tell a difference from luck.
+
+Intervals are percentile bootstraps (Efron 1979; for search: Sakai 2006), p-values two-sided paired randomisation tests
+(Smucker, Allan and Carterette 2007). Most measures are means over queries; correlations and the v-measure are
+statistics over a whole set.
+"""
+
+from __future__ import annotations
+
+from kinvec.metrics.clusterings import bootstrap_v_measure, cluster_purity, randomisation_v_measure, v_measure
+from kinvec.metrics.correlations import (
+    CORRELATIONS,
+    bootstrap_correlation,
+    pearson,
+    randomisation_correlation,
+    spearman,
+)
+from kinvec.metrics.rankings import parse_measures, retrieval, search_depth
+from kinvec.metrics.resampling import CONFIDENCE, RESAMPLES, bootstrap_mean, mean, randomisation_p
+
+__all__ = [
+    "CONFIDENCE", "CORRELATIONS", "RESAMPLES", "bootstrap_correlation", "bootstrap_mean", "bootstrap_v_measure",
+    "cluster_purity", "mean", "parse_measures", "pearson", "randomisation_correlation", "randomisation_p",
+    "randomisation_v_measure", "retrieval", "search_depth", "spearman", "v_measure",
+]  # fmt: skip
