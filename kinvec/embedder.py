@@ -103,14 +103,8 @@ class Embedder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """A hash of the weights and of all that changes vectors: pooling, prompts, maximum length, precision."""
-        digest = xxhash.xxh3_128()
-        for key, value in sorted(self.state_dict().items()):
-            flat = value.detach().cpu().contiguous()
-            digest.update(key.encode())
-            digest.update(flat.view(-1).view(torch.uint8).numpy())
         said = [self.pooling, self.include_prompt, self.prompts, self.max_length, self.lower_case, self.precision]
-        digest.update(json.dumps([*said, [type(module).__name__ for module in self.head]], sort_keys=True).encode())
-        return digest.hexdigest()
+        return state_fingerprint(self, [*said, [type(module).__name__ for module in self.head]])
 
     def forward(self, texts: Pack) -> Float[Tensor, "n d"]:
         """Vectors of a pack's texts, in the pack's order, in float32."""
@@ -230,6 +224,17 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
         _lower_case(tokenizer)
     head = [head_module(folder, module) for module in (modules or [])[2:]]
     return Embedder(backbone, tokenizer, [module for module in head if module is not None], settings)
+
+
+def state_fingerprint(module: nn.Module, said: Sequence[Any]) -> str:
+    """A hash of a module's weights, by name, and of what else is said of it."""
+    digest = xxhash.xxh3_128()
+    for key, value in sorted(module.state_dict().items()):
+        flat = value.detach().cpu().contiguous()
+        digest.update(key.encode())
+        digest.update(flat.view(-1).view(torch.uint8).numpy())
+    digest.update(json.dumps(said, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def with_prompts(embedder: Embedder, prompts: Mapping[str, str]) -> Embedder:

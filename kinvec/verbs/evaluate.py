@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,13 +21,17 @@ def evaluate(
     out: str | Path | None = None,
     embeddings: str | Path | None = None,
     measures: Sequence[str] = (),
+    prompts: Mapping[str, str] | None = None,
+    api_model: str | None = None,
     precision: str = "auto",
     device: str = "auto",
     threads: int | None = None,
 ) -> Result:
     """Evaluate `model` on `data`: retrieval (BEIR folder, examples), scored pairs or labelled texts, whichever it is.
 
-    `model` may be `bm25`, the lexical baseline by itself. With `embeddings`, a folder that `kinvec embed` wrote, its
+    `model`, `prompts` and `api_model` are those of `encoders.open_encoder`: a model of ours, one that
+    sentence-transformers opens (`st:NAME`), or one on a server (`https://HOST/v1`). `model` may be `bm25`, the lexical
+    baseline by itself. With `embeddings`, a folder that `kinvec embed` wrote, its
     vectors are scored instead of a model, by the judgements of `data` or by its own. `measures` default to
     the task's own. With `out` the result is written there. Raises `RecipeError` for arguments that do not go
     together and `KinvecError` for what is wrong with data or model, before anything is encoded.
@@ -40,6 +44,8 @@ def evaluate(
 
     if (model is None) == (embeddings is None):
         raise RecipeError("evaluate takes either --model NAME or --embeddings FOLDER; give one of them")
+    if embeddings is not None and (prompts or api_model):
+        raise RecipeError("vectors are there already: prompts and --api-model go with --model")
     if model is not None and data is None:
         raise RecipeError("evaluate needs judged data; add --data FOLDER_OR_FILE")
     parse_measures([name for name in measures if name not in (*tasks.LABELLED, *tasks.TRIPLETS)])
@@ -50,22 +56,25 @@ def evaluate(
         result = _score_vectors(Path(embeddings), data, split, measures)
     else:
         assert data is not None
-        result = _score_model(str(model), open_problem(data, split=split), measures, precision, device)
+        result = _score_model(
+            str(model), open_problem(data, split=split), measures,
+            precision=precision, device=device, prompts=prompts, api_model=api_model,
+        )  # fmt: skip
     if out is not None:
         tasks.save_result(result, out)
     return result
 
 
-def _score_model(model: str, data: Problem, measures: Sequence[str], precision: str, device: str) -> Result:
+def _score_model(model: str, data: Problem, measures: Sequence[str], **opening: Any) -> Result:
     from kinvec import tasks
     from kinvec.contracts import RecipeError, RetrievalData
-    from kinvec.embedder import Embedder
+    from kinvec.encoders import open_encoder
 
     if model.lower() == "bm25":
         if not isinstance(data, RetrievalData):
             raise RecipeError("bm25 searches; it does not score pairs of texts. Name a model")
         return tasks.bm25(data, tuple(measures) or tasks.MEASURES)
-    return tasks.measure(data, Embedder.load(model, precision=precision, device=device), measures)
+    return tasks.measure(data, open_encoder(model, **opening), measures)
 
 
 def _score_vectors(folder: Path, source: str | Path | None, split: str, measures: Sequence[str]) -> Result:
@@ -126,7 +135,11 @@ def _without_texts(folder: Path, documents: Sequence[str], qrels: Qrels) -> Retr
 
 def command(
     model: Annotated[
-        str | None, typer.Option(help="A model folder, hub name or pkg:NAME; bm25 for BM25 itself.")
+        str | None,
+        typer.Option(
+            help="A model folder, hub name or pkg:NAME; st:NAME for sentence-transformers to open; https://HOST/v1 for "
+            "a server like OpenAI's; bm25 for BM25 itself."
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="A BEIR folder, a file of examples, scored pairs, or labelled texts.")
@@ -135,6 +148,10 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Write results.json and per_query.parquet into this folder.")] = None,
     embeddings: Annotated[Path | None, typer.Option(help="Score this folder of vectors instead of a model.")] = None,
     measure: Annotated[list[str] | None, typer.Option(help="A measure such as nDCG@10; may be repeated.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="query=TEXT or document=TEXT, put before each; may be repeated.")
+    ] = None,
+    api_model: Annotated[str | None, typer.Option(help="Which model of a server; its key: KINVEC_API_KEY.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware has it.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
@@ -146,7 +163,8 @@ def command(
     margin of the triplets; scored pairs give Spearman and Pearson, labelled texts accuracies, silhouette and v-measure.
     """
     result = evaluate(
-        model, data, split=split, out=out, embeddings=embeddings, measures=measure or (), precision=precision,
+        model, data, split=split, out=out, embeddings=embeddings, measures=measure or (),
+        prompts=dict(_prompt(given) for given in prompt or ()), api_model=api_model, precision=precision,
         device=device, threads=threads,
     )  # fmt: skip
     if as_json:
@@ -157,6 +175,16 @@ def command(
         show(result)
         if out is not None:
             print(f"written to {out}")
+
+
+def _prompt(given: str) -> tuple[str, str]:
+    """`query=TEXT` → its name and its text."""
+    from kinvec.contracts import RecipeError
+
+    name, equals, text = given.partition("=")
+    if not equals:
+        raise RecipeError(f"--prompt {given}: write it as query=TEXT or document=TEXT")
+    return name, text
 
 
 def show(result: Result) -> None:
