@@ -140,7 +140,11 @@ def test_the_verb_takes_result_folders_and_folders_of_tasks(tmp_path: Path, caps
         tasks.save_result(paired(gold + RANDOM.normal(0, noise, 20), gold, side), tmp_path / side / "sts")
     tasks.save_result(searched(BASE, task="only here"), tmp_path / "base" / "alone")
     by_task = verb.compare(tmp_path / "base", tmp_path / "tuned")
-    assert [c.task for c in by_task] == ["sts", "tiny"]
+    assert [task.task for task in by_task] == ["sts", "tiny"]
+    assert [task.comparisons[0].metrics for task in by_task] == [
+        tasks.compare(tasks.load_result(tmp_path / "base" / name), tasks.load_result(tmp_path / "tuned" / name)).metrics
+        for name in ("sts", "tiny")
+    ]
     assert "only in" in capsys.readouterr().err
     assert verb.compare(tmp_path / "base" / "tiny", tmp_path / "tuned" / "tiny") == by_task[1:]
     with pytest.raises(KinvecError, match="there is no result here"):
@@ -152,7 +156,7 @@ def test_the_command_prints_for_people_and_for_programs(tmp_path: Path) -> None:
         tasks.save_result(searched(values, f"model-{side}"), tmp_path / side)
     command = [sys.executable, "-m", "kinvec.cli", "compare", str(tmp_path / "a"), str(tmp_path / "b")]
     told = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
-    row = told["tasks"][0]["metrics"][0]
+    row = told["tasks"][0]["comparisons"][0]["metrics"][0]
     assert row["difference"] == pytest.approx(np.mean(TUNED) - np.mean(BASE)) and {"low", "high", "p"} <= set(row)
     text = subprocess.run(command, capture_output=True, text=True, check=True, env={"COLUMNS": "140"}).stdout
     assert "model-a" in text and "95 % interval" in text and f"{row['difference']:+.4f}" in text

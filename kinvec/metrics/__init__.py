@@ -17,9 +17,10 @@ from kinvec.metrics.correlations import (
 )
 from kinvec.metrics.rankings import parse_measures, retrieval, search_depth
 from kinvec.metrics.resampling import CONFIDENCE, RESAMPLES, bootstrap_mean, mean, randomisation_p
+from kinvec.metrics.several import crossed_interval, holm
 
 __all__ = [
     "CONFIDENCE", "CORRELATIONS", "RESAMPLES", "bootstrap_correlation", "bootstrap_mean", "bootstrap_v_measure",
-    "cluster_purity", "mean", "parse_measures", "pearson", "randomisation_correlation", "randomisation_p",
-    "randomisation_v_measure", "retrieval", "search_depth", "spearman", "v_measure",
+    "cluster_purity", "crossed_interval", "holm", "mean", "parse_measures", "pearson", "randomisation_correlation",
+    "randomisation_p", "randomisation_v_measure", "retrieval", "search_depth", "spearman", "v_measure",
 ]  # fmt: skip

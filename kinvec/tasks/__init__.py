@@ -1,4 +1,4 @@
-"""Tasks: an `Encoder` and a problem → a `Result` that keeps every query's values; two results → a `Comparison`."""
+"""Tasks: an `Encoder` and a problem → a `Result` that keeps every query's values; results → comparisons."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from kinvec.tasks.comparison import Change, Comparison, Difference, compare, uni
 from kinvec.tasks.evaluation import from_vectors, retrieval, similarity
 from kinvec.tasks.lexical import bm25
 from kinvec.tasks.rankings import MEASURES, from_rankings
+from kinvec.tasks.several import Failures, Standing, System, TaskComparison, compare_systems
+from kinvec.tasks.slices import Slice, read_columns
 from kinvec.tasks.statistics import statistic
 from kinvec.tasks.stored import load_result, load_results, refuse_foreign, save_result, summary
+from kinvec.tasks.systems import SEEDS_FILE, letter, systems_by_task
 from kinvec.tasks.triplets import TRIPLETS
 
 
@@ -27,7 +30,8 @@ def measure(data: Problem, encoder: Encoder, measures: Sequence[str] = ()) -> Re
 
 
 __all__ = [
-    "LABELLED", "MEASURES", "TRIPLETS", "Change", "Comparison", "Difference", "bm25", "classification", "compare",
-    "from_rankings", "from_vectors", "load_result", "load_results", "measure", "refuse_foreign", "retrieval",
-    "save_result", "similarity", "statistic", "summary", "unit_of",
+    "LABELLED", "MEASURES", "SEEDS_FILE", "TRIPLETS", "Change", "Comparison", "Difference", "Failures", "Slice",
+    "Standing", "System", "TaskComparison", "bm25", "classification", "compare", "compare_systems", "from_rankings",
+    "from_vectors", "letter", "load_result", "load_results", "measure", "read_columns", "refuse_foreign", "retrieval",
+    "save_result", "similarity", "statistic", "summary", "systems_by_task", "unit_of",
 ]  # fmt: skip

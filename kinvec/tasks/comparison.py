@@ -1,6 +1,7 @@
-"""Two results side by side: the difference, its interval, its p-value, and the queries that changed most.
+"""Two systems side by side: the difference, its interval, its p-value, and the queries that changed most.
 
-A difference is always B − A: with A the base and B the tuned model, positive is a gain.
+A difference is always B − A: with A the base and B the tuned model, positive is a gain. A system is a result, or
+several of the same recipe under different seeds: then its values are the means over them, query by query.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from typing import Any
 import numpy as np
 
 from kinvec.contracts import KinvecError, RecipeError, Result
-from kinvec.tasks.statistics import statistic
+from kinvec.tasks import averages
+from kinvec.tasks.averages import Runs
+from kinvec.tasks.statistics import Rows
 
 CHANGES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A metric of both models: B − A with its 95 % paired bootstrap interval and paired randomisation p-value.
+    """A metric of both systems: B − A with its 95 % paired interval and paired randomisation p-value.
 
     `won`, `tied`, `lost` count the queries (or pairs) where B is better, equal, worse.
     """
@@ -54,7 +57,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two results on the same data. `wins` and `losses` are the queries that changed most by the metric `by`."""
+    """Two systems on the same data. `wins` and `losses` are the queries that changed most by the metric `by`.
+
+    `holm` is the p-value of `by`, corrected for the comparisons made beside this one (Holm 1979); alone, it is p.
+    """
 
     task: str
     kind: str
@@ -66,6 +72,7 @@ class Comparison:
     by: str
     wins: list[Change]
     losses: list[Change]
+    holm: float
 
 
 def compare(a: Result, b: Result, *, by: str | None = None, shown: int = CHANGES_SHOWN, seed: int = 0) -> Comparison:
@@ -73,24 +80,60 @@ def compare(a: Result, b: Result, *, by: str | None = None, shown: int = CHANGES
 
     Raises `KinvecError` if the results are of different data, `RecipeError` if `by` is not a metric of both.
     """
-    if a.fingerprint != b.fingerprint or set(a.per_query["id"]) != set(b.per_query["id"]):
-        raise KinvecError(
-            f"these are results of different data: A is {_data(a)}, B is {_data(b)}; evaluate both on the same data"
-        )
-    common = [name for name in a.metrics if name in b.metrics]
-    if not common or (by is not None and by not in common):
-        has = f"both have {', '.join(common)}" if common else "they have none in common"
-        raise RecipeError(f"the results cannot be compared by {by or 'any metric'}: {has}")
-    place = {query: row for row, query in enumerate(b.per_query["id"])}
-    rows = [place[query] for query in a.per_query["id"]]
-    b_rows = {name: [column[row] for row in rows] for name, column in b.per_query.items()}
+    names = (a.model, b.model) if a.model != b.model else (f"{a.model} (A)", f"{b.model} (B)")
+    return compare_runs([a], [b], names, by=by, shown=shown, seed=seed)
+
+
+def compare_runs(
+    a: Sequence[Result], b: Sequence[Result], names: tuple[str, str], *,
+    by: str | None = None, shown: int = CHANGES_SHOWN, seed: int = 0,
+) -> Comparison:  # fmt: skip
+    """As `compare`, of systems that were run once or, under several seeds, several times.
+
+    Of several runs the first one's answers are what wins and losses show.
+    """
+    common = common_metrics([*a, *b], by)
+    a_rows, b_rows = aligned(a, a[0]), aligned(b, a[0])
     by = by or common[0]
-    differences = [_difference(name, a, b, b_rows, seed) for name in common]
-    changes = _changes(by, a.kind, a.per_query, b_rows)
+    differences = [difference_of(name, a_rows, b_rows, (_mean_of(name, a), _mean_of(name, b)), seed) for name in common]
+    changes = _changes(by, a[0].kind, a_rows, b_rows)
     wins = sorted((c for c in changes if c.difference > 0), key=lambda c: -c.difference)[:shown]
     losses = sorted((c for c in changes if c.difference < 0), key=lambda c: c.difference)[:shown]
-    names = _names(a, b)
-    return Comparison(a.task, a.kind, a.split, *names, len(rows), differences, by, wins, losses)
+    main = next(row for row in differences if row.metric == by)
+    queries = len(a[0].per_query["id"])
+    return Comparison(a[0].task, a[0].kind, a[0].split, *names, queries, differences, by, wins, losses, main.p)
+
+
+def common_metrics(results: Sequence[Result], by: str | None = None) -> list[str]:
+    """The metrics that all results have. Raises `RecipeError` where there is none, or `by` is none of them."""
+    common = [name for name in results[0].metrics if all(name in result.metrics for result in results)]
+    if not common or (by is not None and by not in common):
+        who = "both" if len(results) == 2 else "all"
+        has = f"{who} have {', '.join(common)}" if common else "they have none in common"
+        raise RecipeError(f"the results cannot be compared by {by or 'any metric'}: {has}")
+    return common
+
+
+def aligned(results: Sequence[Result], to: Result) -> Runs:
+    """The rows of each result in the order of those of `to`. Raises `KinvecError` if the data are others."""
+    ids = to.per_query["id"]
+    return [result.per_query if result is to else _in_order(result, ids, to) for result in results]
+
+
+def _in_order(result: Result, ids: Sequence[str], to: Result) -> Rows:
+    place = {query: row for row, query in enumerate(result.per_query["id"])}
+    if result.fingerprint != to.fingerprint or place.keys() != set(ids):
+        raise KinvecError(
+            f"these are results of different data: A is {_data(to)}, B is {_data(result)}; "
+            "evaluate both on the same data"
+        )
+    order = [place[query] for query in ids]
+    return rows_at(result.per_query, order)
+
+
+def rows_at(rows: Rows, places: Sequence[int]) -> Rows:
+    """These rows of every column."""
+    return {name: [column[place] for place in places] for name, column in rows.items()}
 
 
 def _data(result: Result) -> str:
@@ -98,33 +141,30 @@ def _data(result: Result) -> str:
     return f"{result.task}{split}, {len(result.per_query['id']):,} queries, fingerprint {result.fingerprint[:8]}"
 
 
-def _names(a: Result, b: Result) -> tuple[str, str]:
-    return (a.model, b.model) if a.model != b.model else (f"{a.model} (A)", f"{b.model} (B)")
+def _mean_of(name: str, results: Sequence[Result]) -> float:
+    return float(np.mean([result.metrics[name] for result in results]))
 
 
-def _difference(name: str, a: Result, b: Result, b_rows: dict[str, list[Any]], seed: int) -> Difference:
-    found = statistic(name)
-    x, y = found.each(a.per_query), found.each(b_rows)
-    interval, chance = found.difference(a.per_query, b_rows, seed)
+def difference_of(name: str, a: Runs, b: Runs, values: tuple[float, float], seed: int = 0) -> Difference:
+    """The difference by one metric, whose values are known already."""
+    x, y = averages.each(name, a), averages.each(name, b)
+    interval, chance = averages.difference(name, a, b, seed)
     counts = [int(np.count_nonzero(test)) for test in (y > x, y == x, y < x)]
-    return Difference(
-        name, a.metrics[name], b.metrics[name], b.metrics[name] - a.metrics[name], *interval, chance, *counts
-    )
+    return Difference(name, *values, values[1] - values[0], *interval, chance, *counts)
 
 
-def _changes(by: str, kind: str, a: dict[str, list[Any]], b: dict[str, list[Any]]) -> list[Change]:
-    each = statistic(by).each
-    x, y = each(a), each(b)
-    side = SIDES.get(kind, _search_side)
+def _changes(by: str, kind: str, a: Runs, b: Runs) -> list[Change]:
+    x, y = averages.each(by, a), averages.each(by, b)
+    side, first, other = SIDES.get(kind, _search_side), a[0], b[0]
     found = []
-    for i, (query_id, query) in enumerate(zip(a["id"], a["query"], strict=True)):
+    for i, (query_id, query) in enumerate(zip(first["id"], first["query"], strict=True)):
         if abs(y[i] - x[i]) > 0:  # not where there is no value
-            text = f"{query} | {a['second'][i]}" if "second" in a else query
-            found.append(Change(query_id, text, float(y[i] - x[i]), side(a, i, x[i]), side(b, i, y[i])))
+            text = f"{query} | {first['second'][i]}" if "second" in first else query
+            found.append(Change(query_id, text, float(y[i] - x[i]), side(first, i, x[i]), side(other, i, y[i])))
     return found
 
 
-def _search_side(rows: dict[str, list[Any]], i: int, value: float) -> dict[str, Any]:
+def _search_side(rows: Rows, i: int, value: float) -> dict[str, Any]:
     top: Sequence[str] = rows["top_ids"][i]
     return {
         "value": float(value),
@@ -134,11 +174,11 @@ def _search_side(rows: dict[str, list[Any]], i: int, value: float) -> dict[str, 
     }
 
 
-def _pair_side(rows: dict[str, list[Any]], i: int, value: float) -> dict[str, Any]:
+def _pair_side(rows: Rows, i: int, value: float) -> dict[str, Any]:
     return {"value": float(value), "cosine": rows["cosine"][i], "score": rows["score"][i]}
 
 
-def _label_side(rows: dict[str, list[Any]], i: int, value: float) -> dict[str, Any]:
+def _label_side(rows: Rows, i: int, value: float) -> dict[str, Any]:
     told = ("label", "predicted", "nearest", "nearest_label")
     return {"value": float(value)} | {name: rows[name][i] if name in rows else None for name in told}
 

@@ -1,8 +1,9 @@
-"""`kinvec compare`: two results in, the difference with its interval and p-value, and the queries that changed most."""
+"""`kinvec compare`: results in, their differences with interval and p-value, and the queries that changed most."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,82 +11,178 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from kinvec.tasks import Comparison
-    from kinvec.tasks.comparison import Change
+    from rich.table import Table
+
+    from kinvec.tasks import Change, Comparison, Difference, Failures, Slice, Standing, TaskComparison
 
 
-def compare(a: str | Path, b: str | Path, *, metric: str | None = None, shown: int = 5) -> list[Comparison]:
-    """Compare the results in folders `a` and `b`, each a result or a folder of results by task; differences are B − A.
+def compare(
+    *results: str | Path, metric: str | None = None, shown: int = 5, all_pairs: bool = False,
+    by: Sequence[str] = (), slices: str | Path | None = None,
+) -> list[TaskComparison]:  # fmt: skip
+    """Compare all `results` with the first, or with `all_pairs` each with each, task by task.
 
-    `metric` ranks the wins and losses (the first metric unless named), of which at most `shown` each are returned.
-    Raises `KinvecError` if there is no result, no task in common, or the data differ.
+    Each is a result folder, a folder of results by task, a run (its tuned model; as the first one also its base) or the
+    folder of a recipe's seeds. `metric` is the main one (the first unless named): wins, losses, slices and Holm's
+    correction go by it; at most `shown` wins, losses and failures are kept. `by` names slices: `length`, `source`,
+    columns of the file `slices` or of the result. Raises `KinvecError` if there is no result, no task in common, or the
+    data differ, `RecipeError` for an unknown metric or slice.
     """
     from kinvec import tasks
-    from kinvec.console import say
-    from kinvec.contracts import KinvecError
+    from kinvec.contracts import RecipeError
 
-    before, after = tasks.load_results(a), tasks.load_results(b)
-    if len(before) == len(after) == 1:  # whatever the copies of the data are called: the fingerprint tells
-        pairs = [(*before.values(), *after.values())]
-    else:
-        pairs = [(before[task], after[task]) for task in before if task in after]
-        for folder, own, other in ((a, before, after), (b, after, before)):
-            if alone := ", ".join(task for task in own if task not in other):
-                say(f"only in {folder}, so not compared: {alone}")
-    if not pairs:
-        raise KinvecError(f"{a} and {b} have no task in common ({', '.join(before)} and {', '.join(after)})")
-    return [tasks.compare(x, y, by=metric, shown=shown) for x, y in pairs]
+    columns = tasks.read_columns(slices) if slices is not None else {}
+    if columns and not by:
+        raise RecipeError(f"--slices needs --by: which of its columns ({', '.join(columns)})?")
+    return [
+        tasks.compare_systems(systems, by=metric, shown=shown, all_pairs=all_pairs, sliced=by, columns=columns)
+        for systems in tasks.systems_by_task(results)
+    ]
 
 
 def command(
-    a: Annotated[Path, typer.Argument(help="A result folder, or one with a folder for each task (the base).")],
-    b: Annotated[Path, typer.Argument(help="The other one, measured on the same data (the tuned model).")],
-    metric: Annotated[str | None, typer.Option(help="Rank wins and losses by this metric.")] = None,
-    shown: Annotated[int, typer.Option(min=0, help="How many wins and losses to show.")] = 5,
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Result folders, folders with one for each task, or runs. The first is compared with."),
+    ],
+    metric: Annotated[str | None, typer.Option(help="Go by this metric: wins, losses, slices, correction.")] = None,
+    shown: Annotated[int, typer.Option(min=0, help="How many wins, losses and failures to show.")] = 5,
+    all_pairs: Annotated[
+        bool, typer.Option("--all-pairs", help="Compare each with each, not all with the first.")
+    ] = False,
+    by: Annotated[
+        list[str] | None, typer.Option(help="Slices: length, source, or a column of --slices; may be repeated.")
+    ] = None,
+    slices: Annotated[
+        Path | None, typer.Option(help="CSV, JSON lines or Parquet: ids of queries or documents, columns to slice by.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Compare two results: difference, interval, p-value, wins and losses.
+    """Compare results: differences, intervals, p-values, wins and losses, what all fail.
 
-    The difference is B − A. The interval is a 95 % paired bootstrap, p a two-sided paired randomisation test.
+    A run stands for its tuned model, and if it is the first, for the base before it as well. Runs that differ only in
+    their seed are one system. Intervals are 95 %, paired; p is a two-sided paired randomisation test, corrected for
+    several comparisons by Holm's method.
     """
-    comparisons = compare(a, b, metric=metric, shown=shown)
+    found = compare(*results, metric=metric, shown=shown, all_pairs=all_pairs, by=by or (), slices=slices)
     if as_json:
-        tasks = [asdict(comparison) for comparison in comparisons]
-        print(json.dumps({"a": str(a), "b": str(b), "tasks": tasks}, indent=2, ensure_ascii=False))
+        told = {"results": [str(place) for place in results], "tasks": [asdict(task) for task in found]}
+        print(json.dumps(told, indent=2, ensure_ascii=False))
     else:
-        for comparison in comparisons:
-            show(comparison)
+        for task in found:
+            show(task)
 
 
-def show(comparison: Comparison) -> None:
-    """Print a comparison for a person."""
+def show(task: TaskComparison) -> None:
+    """Print a task's comparisons for a person."""
     from rich.console import Console
+
+    from kinvec.tasks import letter, unit_of
+
+    what, console = unit_of(task.kind), Console()
+    split = f", {task.split}" if task.split else ""
+    print(f"{task.task}{split}: {task.queries:,} {what}")
+    letters = {system.name: letter(place) for place, system in enumerate(task.systems)}
+    for system in task.systems:
+        seeds = f" ({len(system.seeds)} seeds: {', '.join(map(str, system.seeds))})" if system.seeds else ""
+        print(f"{letters[system.name]} {system.name}{seeds}")
+    if len(task.systems) == 2:
+        console.print(_metrics(task.comparisons[0]))
+    else:
+        console.print(_values(task, letters))
+        console.print(_pairs(task, letters))
+    for place, system in enumerate(task.systems):
+        if system.spread:
+            print(f"{letters[system.name]} over its seeds (± standard deviation):")
+            console.print(_seeds(system, against="A" if place else None))
+    for comparison in task.comparisons:
+        _show_changes(comparison, letters[comparison.a], letters[comparison.b], what)
+    if task.slices:
+        print(f"slices, by {task.by} (looked for afterwards in {len(task.slices)} places: hints, not evidence):")
+        console.print(_slices(task.slices, letters))
+    _show_failures(task.failures, what, len(task.systems))
+
+
+def _table(*names: str, left: int = 1) -> Table:
     from rich.table import Table
 
-    from kinvec.tasks import unit_of
-
-    what = unit_of(comparison.kind)
-    split = f", {comparison.split}" if comparison.split else ""
-    print(f"{comparison.task}{split}: {comparison.queries:,} {what}\nA {comparison.a}\nB {comparison.b}")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("metric", "A", "B", "B − A", "95 % interval", "p", "won", "tied", "lost"):
-        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+    for place, name in enumerate(names):
+        table.add_column(name, justify="left" if place < left else "right", no_wrap=True)
+    return table
+
+
+def _ends(low: float | None, high: float | None, sign: str = "+") -> str:
+    return "" if low is None else f"{low:{sign}.4f}, {high:{sign}.4f}"
+
+
+def _said(row: Difference) -> tuple[str, ...]:
+    return f"{row.difference:+.4f}", _ends(row.low, row.high), f"{row.p:.4f}"
+
+
+def _counted(row: Difference) -> tuple[str, ...]:
+    return f"{row.won:,}", f"{row.tied:,}", f"{row.lost:,}"
+
+
+def _metrics(comparison: Comparison) -> Table:
+    """Of two systems: every metric a row."""
+    table = _table("metric", "A", "B", "B − A", "95 % interval", "p", "won", "tied", "lost")
     for row in comparison.metrics:
-        table.add_row(
-            row.metric, f"{row.a:.4f}", f"{row.b:.4f}", f"{row.difference:+.4f}", f"{row.low:+.4f}, {row.high:+.4f}",
-            f"{row.p:.4f}", f"{row.won:,}", f"{row.tied:,}", f"{row.lost:,}",
-        )  # fmt: skip
-    Console().print(table)
+        table.add_row(row.metric, f"{row.a:.4f}", f"{row.b:.4f}", *_said(row), *_counted(row))
+    return table
+
+
+def _values(task: TaskComparison, letters: dict[str, str]) -> Table:
+    """Of more systems: each a row, the main metric with its interval first."""
+    others = [name for name in task.systems[0].metrics if name != task.by]
+    table = _table("", task.by, "95 % interval", *others)
+    for system in task.systems:
+        main = system.metrics[task.by]
+        rest = (f"{system.metrics[name].value:.4f}" for name in others)
+        table.add_row(letters[system.name], f"{main.value:.4f}", _ends(main.low, main.high, ""), *rest)
+    return table
+
+
+def _pairs(task: TaskComparison, letters: dict[str, str]) -> Table:
+    table = _table("", task.by, "95 % interval", "p", f"p, Holm of {len(task.comparisons)}", "won", "tied", "lost")
+    for pair in task.comparisons:
+        row = next(row for row in pair.metrics if row.metric == task.by)
+        table.add_row(f"{letters[pair.b]} − {letters[pair.a]}", *_said(row), f"{pair.holm:.4f}", *_counted(row))
+    return table
+
+
+def _seeds(system: Standing, against: str | None) -> Table:
+    beyond = f"− {against}, 95 % over queries and seeds" if against else ""
+    table = _table("metric", "mean", "±", "least", "most", beyond)
+    for row in system.spread:
+        told = (f"{value:.4f}" for value in (row.mean, row.deviation, row.least, row.most))
+        table.add_row(row.metric, *told, _ends(row.low, row.high))
+    return table
+
+
+def _slices(slices: Sequence[Slice], letters: dict[str, str]) -> Table:
+    names = ("by", "slice", "", "n", "before", "after", "difference", "95 % interval", "p", f"p, Holm of {len(slices)}")
+    table = _table(*names, left=3)
+    for piece in slices:
+        row = piece.difference
+        pair = f"{letters[piece.b]} − {letters[piece.a]}"
+        values = (f"{piece.queries:,}", f"{row.a:.4f}", f"{row.b:.4f}")
+        table.add_row(piece.by, piece.slice[:40], pair, *values, *_said(row), f"{piece.holm:.4f}")
+    return table
+
+
+def _show_changes(comparison: Comparison, a: str, b: str, what: str) -> None:
+    by = f"by {comparison.by}" if (a, b) == ("A", "B") else f"by {comparison.by}, {b} − {a}"
     for name, changes in (("won", comparison.wins), ("lost", comparison.losses)):
         if changes:
-            print(f"{what} {name} most, by {comparison.by}:")
+            print(f"{what} {name} most, {by}:")
         for change in changes:
-            print(_told(change))
+            print(_told(change, a, b))
 
 
-def _told(change: Change) -> str:
+def _told(change: Change, a: str, b: str) -> str:
     head = f"  {change.difference:+.3f}  {change.query or change.id}"
-    return "\n".join([head, *(f"      {name} {_side(side)}" for name, side in (("A", change.a), ("B", change.b)))])
+    return "\n".join([head, *(f"      {name} {_side(side)}" for name, side in ((a, change.a), (b, change.b)))])
 
 
 def _side(side: dict[str, Any]) -> str:
@@ -95,5 +192,19 @@ def _side(side: dict[str, Any]) -> str:
         taken = f", taken for {side['predicted']}" if side["predicted"] else ""
         return f"{side['value']:.3f}, {side['label']}{taken}"
     place = f"relevant at {side['first_relevant']}" if side["first_relevant"] else "nothing relevant found"
-    first = " ".join(side["top_text"].split())[:90] or side["top_id"] or "nothing"
-    return f"{side['value']:.3f}, {place}; first: {first}"
+    return f"{side['value']:.3f}, {place}; first: {_line(side['top_text']) or side['top_id'] or 'nothing'}"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:90]
+
+
+def _show_failures(failures: Failures, what: str, count: int) -> None:
+    if not failures.everywhere:
+        return
+    who = "both" if count == 2 else f"all {count}"
+    print(f"{what} that {who} fail: {failures.everywhere:,}, of them {failures.alike:,} with the same wrong answer")
+    for failure in failures.shown:
+        right = "; ".join(map(_line, failure.expected[:3]))
+        print(f"  {failure.query or failure.id}\n      given: {_line(failure.given_text) or failure.given}")
+        print(f"      right: {right}")
