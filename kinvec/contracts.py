@@ -67,7 +67,10 @@ Qrels = dict[str, dict[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class RetrievalData:
-    """A search problem: a corpus, the queries that are judged, and their judgements."""
+    """A search problem: a corpus, the queries that are judged, and their judgements.
+
+    The kind `reranking` orders only the documents judged for a query, be they relevant or not.
+    """
 
     corpus: Corpus
     queries: dict[str, str]
@@ -75,11 +78,12 @@ class RetrievalData:
     fingerprint: str
     name: str = ""
     split: str = ""
+    kind: str = "retrieval"
 
 
 @dataclass(frozen=True, slots=True)
 class PairData:
-    """Scored pairs of texts (semantic textual similarity)."""
+    """Scored pairs of texts: semantic textual similarity, or of two scores the kind `pair-classification`."""
 
     first: Sequence[str]
     second: Sequence[str]
@@ -87,11 +91,12 @@ class PairData:
     fingerprint: str
     name: str = ""
     split: str = ""
+    kind: str = "similarity"
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledData:
-    """Labelled texts, and those that a classifier over the embeddings may learn from."""
+    """Labelled texts, and those that a classifier over the embeddings may learn from; kind `clustering` needs none."""
 
     texts: Sequence[str]
     labels: Sequence[str]
@@ -100,10 +105,11 @@ class LabelledData:
     fingerprint: str
     name: str = ""
     split: str = ""
+    kind: str = "classification"
 
 
 Problem = RetrievalData | PairData | LabelledData
-"""What a model can be measured on."""
+"""What a model can be measured on. Its `kind` says how, and is that of the result."""
 
 
 @dataclass(slots=True)
@@ -113,7 +119,10 @@ class Result:
     `metrics` holds the means (or, for whole-set statistics such as Spearman, the statistic) by public name, for example
     `nDCG@10`, `RR@10`, `AP@10`, `R@100`, `P@10`, `spearman_cosine`. `per_query` holds one row per query or item: `id`,
     one column per metric, and what a person needs to read it (`query`, `top_ids`; `score`, `cosine` for pairs; `label`,
-    `predicted`, `cluster` for labelled texts).
+    `predicted`, `clusters` for labelled texts). `documents` holds, a row each, those that a person meets while reading
+    the rows of a search: the first results and the relevant ones, as `id` and `text` (its beginning). In both, columns
+    such as `pca_x` and `pca_y` are places in the plane of those that a picture shows. `thresholds` holds, by
+    metric, from which cosine on pairs count as positive.
     """
 
     task: str
@@ -128,6 +137,8 @@ class Result:
     timing: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     precision: str = ""
+    documents: dict[str, list[Any]] = field(default_factory=dict)
+    thresholds: dict[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable

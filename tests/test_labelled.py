@@ -277,7 +277,7 @@ def test_separated_labels_are_all_recovered() -> None:
         "accuracy": 1.0, "accuracy_lr": 1.0, "accuracy_knn": 1.0, "silhouette": 1.0, "v_measure": 1.0,
     }  # fmt: skip
     assert result.per_query["predicted"] == result.per_query["label"] == result.per_query["nearest_label"]
-    assert len(set(zip(result.per_query["x"], result.per_query["y"], strict=True))) == 36
+    assert len(set(zip(result.per_query["tsne_x"], result.per_query["tsne_y"], strict=True))) == 36
 
 
 def test_each_measure_is_that_of_a_plain_reading_of_its_definition() -> None:
@@ -339,7 +339,7 @@ def test_of_many_labels_the_picture_colours_those_that_are_recovered_worst(tmp_p
         columns = {
             "id": [str(i) for i in range(40)], "query": ["a text"] * 40, "label": labels, "accuracy": right,
             "predicted": labels, "nearest": labels, "nearest_label": labels,
-            "x": [None, *draw.normal(size=39).tolist()], "y": [None, *draw.normal(size=39).tolist()],
+            "tsne_x": [None, *draw.normal(size=39).tolist()], "tsne_y": [None, *draw.normal(size=39).tolist()],
         }  # fmt: skip
         result = Result("many", "classification", "test", side, {"accuracy": metrics.mean(right)}, columns, "f")
         tasks.save_result(result, place / "results" / side / "many")

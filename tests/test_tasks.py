@@ -18,7 +18,7 @@ from scipy.spatial import distance
 
 from kinvec import files, tasks
 from kinvec.contracts import Corpus, KinvecError, PairData, Qrels, RecipeError, Result, RetrievalData
-from kinvec.tasks import evaluation, triplets
+from kinvec.tasks import evaluation, picture, triplets
 
 
 class Words:
@@ -72,6 +72,40 @@ def test_every_judged_query_has_its_row_and_ties_come_by_id_descending() -> None
     assert (result.model, result.precision, result.prompts) == ("words", "fp32", {"query": "find: "})
     assert set(result.metrics) == {"nDCG@3", "RR@10", "R@1"} == set(result.baselines["BM25"])
     assert result.timing["encode_documents"] > 0 and "torch" in result.versions
+
+
+def test_a_reader_finds_the_texts_and_the_similarities_of_what_a_ranking_names() -> None:
+    data, words = problem(), Words()
+    result = tasks.retrieval(data, words)
+    rows, text = result.per_query, dict(zip(result.documents["id"], result.documents["text"], strict=True))
+    met = {document for top in rows["top_ids"] for document in top}
+    assert met <= set(text) and all(text[key] == data.corpus.texts[data.corpus.ids.index(key)] for key in text)
+    assert rows["judged_ids"][1] == ["d3", "d2"] and rows["judged_similarities"][2] == [None], "d9 is not there"
+    asked = evaluation.unit(words.encode_documents(["markets today"]))
+    found = evaluation.unit(words.encode_documents(["stock markets fell today", "dogs chase cats"]))
+    assert rows["judged_similarities"][1] == pytest.approx((found @ asked[0]).tolist(), abs=1e-6)
+
+
+def test_queries_and_documents_have_places_in_the_plane(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"w{number}" for number in range(40)]
+    data = RetrievalData(
+        Corpus(names, [f"{name} and more" for name in names]), {f"q{i}": names[i] for i in range(20)},
+        {f"q{i}": {names[2 * i]: 1} for i in range(20)}, "places", "places", "test",
+    )  # fmt: skip
+    whole = tasks.retrieval(data, Words())
+    monkeypatch.setattr(evaluation, "ENCODE_ROWS", 7)
+    windows = tasks.retrieval(data, Words())
+    assert windows.per_query["pca_x"] == pytest.approx(whole.per_query["pca_x"], abs=1e-4)
+    assert None not in whole.documents["pca_y"] and len(whole.documents["pca_y"]) == 40
+    spread = np.var(whole.per_query["pca_x"] + whole.documents["pca_x"])
+    assert spread > np.var(whole.per_query["pca_y"] + whole.documents["pca_y"])
+    monkeypatch.setattr(picture, "PICTURED", 30)
+    monkeypatch.setattr(picture, "QUERIES", 4)
+    few = tasks.retrieval(data, Words())
+    drawn = [place for place, x in zip(few.documents["id"], few.documents["pca_x"], strict=True) if x is not None]
+    assert sum(x is not None for x in few.per_query["pca_x"]) == 4 and len(drawn) <= 30
+    chosen = [grades for grades, x in zip(few.per_query["judged_ids"], few.per_query["pca_x"], strict=True) if x]
+    assert {grades[0] for grades in chosen} <= set(drawn), "a query is drawn with its relevant document"
 
 
 def test_equal_to_pytrec_eval_on_the_raw_cosines() -> None:
@@ -263,7 +297,7 @@ def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
     assert tasks.load_result(folder) == result
     head = json.loads((folder / "results.json").read_text())
     assert head["metrics"] == result.metrics and head["queries"] == 3 and head["baselines"]["BM25"]
-    assert sorted(p.name for p in folder.iterdir()) == ["per_query.parquet", "results.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["documents.parquet", "per_query.parquet", "results.json"]
     pairs = tasks.similarity(PairData(["a", "b"], ["a", "c"], [1.0, 0.0], "f", "p"), Words())
     assert tasks.load_result(tasks.save_result(pairs, folder)) == pairs, "a result may be replaced by another"
 

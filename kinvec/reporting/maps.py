@@ -16,7 +16,7 @@ COLOURS = 8  # labels of a picture that have a colour of their own
 
 def plane(base: Result, tuned: Result | None) -> dict[str, Any] | None:
     """The texts in the plane before and after, by label; of many labels those that the base recovers worst."""
-    if "x" not in base.per_query or all(x is None for x in base.per_query["x"]):
+    if "tsne_x" not in base.per_query:
         return None
     worst: dict[str, list[float]] = {}
     for label, value in zip(base.per_query["label"], base.per_query[main_metric(base)], strict=True):
@@ -30,7 +30,7 @@ def plane(base: Result, tuned: Result | None) -> dict[str, Any] | None:
 
 def _places(result: Result, colour: Mapping[str, int]) -> list[dict[str, Any]]:
     """Each text's place in per cent of a square, at one scale in both directions; texts without a colour first."""
-    rows = zip(*(result.per_query[column] for column in ("x", "y", "label", "query")), strict=True)
+    rows = zip(*(result.per_query[column] for column in ("tsne_x", "tsne_y", "label", "query")), strict=True)
     found = [(x, y, label, text) for x, y, label, text in rows if x is not None]
     xs, ys = ([row[i] for row in found] for i in (0, 1))
     scale = 94 / (max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0)

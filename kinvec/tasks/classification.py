@@ -18,19 +18,18 @@ from jaxtyping import Float, Float32, Int, Shaped
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
 from sklearn.neighbors import KNeighborsClassifier
 
 from kinvec import metrics
 from kinvec.contracts import Encoder, KinvecError, LabelledData, RecipeError, Result
+from kinvec.tasks import picture
 from kinvec.tasks.evaluation import describe, unit_vectors
 from kinvec.tasks.rankings import SNIPPET, timed
 
 SEED = 42
 DRAWS, TEXTS_A_LABEL = 10, 8  # of the few-shot protocol of MTEB (Muennighoff et al. 2023)
 NEIGHBOURS = 5
-PICTURED = 1000  # texts that have a place in the plane, at most
 ITERATIONS = 100  # of logistic regression, as in MTEB
 
 Columns = dict[str, list[Any]]
@@ -50,9 +49,9 @@ class Space:
 def classification(data: LabelledData, encoder: Encoder, measures: Sequence[str] = ()) -> Result:
     """How well the labels are recovered, by `measures` (the keys of `LABELLED`, all unless named); text by text.
 
-    With all measures each text has a place in the plane as well (`x`, `y`), for a picture. All texts are encoded as
-    queries, as for similarity. Raises `KinvecError` for data without two labels or without training texts,
-    `RecipeError` for an unknown measure.
+    With all measures, up to 1,000 texts have places in the plane as well (`pca_x`, `pca_y`, `tsne_x` …), for a picture.
+    All texts are encoded as queries, as for similarity. Raises `KinvecError` for data without two labels or without
+    training texts, `RecipeError` for an unknown measure.
     """
     _check(data)
     names = tuple(measures) or tuple(LABELLED)
@@ -75,7 +74,8 @@ def classification(data: LabelledData, encoder: Encoder, measures: Sequence[str]
             values[name] = WHOLE_SET[name](columns) if whole else metrics.mean(columns[name])
     if not measures:
         with timed(seconds, "picture"):
-            columns |= picture(space.vectors)
+            shown = picture.spread(n, picture.PICTURED)
+            columns |= picture.columns(picture.places(space.vectors[shown], ["pca", "tsne"]), shown.tolist(), n)
     result = Result(data.name or "labels", "classification", data.split, "", values, columns, data.fingerprint)
     describe(result, encoder)
     result.timing = seconds
@@ -164,22 +164,6 @@ def clusters(space: Space) -> Columns:
     """The cluster of each text by k-means (10 starts), as many clusters as there are labels."""
     count = len(set(space.labels.tolist()))
     return {"cluster": KMeans(count, n_init=10, random_state=SEED).fit_predict(space.vectors).tolist()}
-
-
-def picture(vectors: Float32[np.ndarray, "n d"]) -> Columns:
-    """Places in the plane that keep near texts near, by t-SNE (van der Maaten and Hinton 2008) over cosine distance.
-
-    Of more than `PICTURED` texts, that many spread evenly have a place; of fewer than 10, none. Labels play no part.
-    """
-    n = len(vectors)
-    shown = np.unique(np.linspace(0, n - 1, min(n, PICTURED)).round().astype(np.int64))
-    places: list[tuple[float | None, float | None]] = [(None, None)] * n
-    if n >= 10:
-        perplexity = min(30.0, (len(shown) - 1) / 3)
-        plane = TSNE(2, perplexity=perplexity, metric="cosine", init="pca", random_state=SEED)
-        for row, (x, y) in zip(shown.tolist(), plane.fit_transform(vectors[shown]).tolist(), strict=True):
-            places[row] = x, y
-    return {"x": [x for x, _ in places], "y": [y for _, y in places]}
 
 
 LABELLED: dict[str, Callable[[Space], Columns]] = {

@@ -18,6 +18,7 @@ from jaxtyping import Float, Float32, Int64
 from kinvec import metrics
 from kinvec.contracts import Encoder, KinvecError, PairData, Result, RetrievalData
 from kinvec.tasks.lexical import bm25
+from kinvec.tasks.picture import SearchPicture
 from kinvec.tasks.rankings import MEASURES, check_problem, from_rankings, search_depth, timed, versions
 from kinvec.tasks.triplets import Pairs, chosen
 from kinvec.topk import top_k
@@ -30,8 +31,9 @@ def retrieval(data: RetrievalData, encoder: Encoder, measures: Sequence[str] = (
 
     Unless some are named, the measures are `MEASURES` and, where documents are judged as negatives, `TRIPLETS`. A
     document whose id equals the query's is a result like any other. With `baseline` the figures of BM25 on the same
-    data come along as `baselines["BM25"]` (made once per data in a process). Raises `KinvecError` for data without
-    queries or documents and for vectors that are not numbers, `RecipeError` for an unknown measure.
+    data come along as `baselines["BM25"]` (made once per data in a process), and some queries and documents have places
+    in the plane. Raises `KinvecError` for data without queries or documents and for vectors that are not numbers,
+    `RecipeError` for an unknown measure.
     """
     check_problem(data)
     ranked, triplets = chosen(data.qrels, measures, MEASURES)
@@ -47,12 +49,18 @@ def retrieval(data: RetrievalData, encoder: Encoder, measures: Sequence[str] = (
                 vectors = scale(encoder.encode_documents(data.corpus.texts[start : start + ENCODE_ROWS]))
             yield vectors
 
-    pairs = Pairs(data.qrels, data.corpus.ids) if triplets else None
+    pairs = Pairs(data.qrels, data.corpus.ids)
+    picture = SearchPicture(data) if baseline else None
     with timed(seconds, "search"):
-        blocks = pairs.passing(queries, documents()) if pairs else documents()
-        best = top_k(queries, blocks, data.corpus.ids, depth)
+        blocks = pairs.passing(queries, documents())
+        best = top_k(queries, picture.passing(blocks) if picture else blocks, data.corpus.ids, depth)
     seconds["search"] -= seconds["encode_documents"]  # which happens inside it
-    result = from_rankings(data, *best, ranked, pairs.columns(triplets) if pairs else {})
+    also = picture.documents if picture else ()
+    result = from_rankings(data, *best, ranked, pairs.columns(triplets), also)
+    result.per_query["judged_similarities"] = pairs.similarities(data.qrels, data.corpus.ids)
+    if picture:
+        with timed(seconds, "picture"):
+            picture.draw(queries, data.corpus.ids, result)
     describe(result, encoder)
     result.timing = seconds | {"documents_per_second": len(data.corpus) / max(seconds["encode_documents"], 1e-9)}
     if baseline and ranked:
@@ -84,11 +92,11 @@ def from_vectors(
             for start in range(0, len(shard), ENCODE_ROWS):
                 yield scale(shard[start : start + ENCODE_ROWS])
 
-    pairs = Pairs(data.qrels, documents[0]) if triplets else None
+    pairs = Pairs(data.qrels, documents[0])
     with timed(seconds, "search"):
-        passing = pairs.passing(asked, blocks()) if pairs else blocks()
-        scores, rows = top_k(asked, passing, documents[0], search_depth(ranked))
-    result = from_rankings(data, scores, corpus_rows[rows], ranked, pairs.columns(triplets) if pairs else {})
+        scores, rows = top_k(asked, pairs.passing(asked, blocks()), documents[0], search_depth(ranked))
+    result = from_rankings(data, scores, corpus_rows[rows], ranked, pairs.columns(triplets))
+    result.per_query["judged_similarities"] = pairs.similarities(data.qrels, documents[0])
     result.precision, result.timing, result.versions = "fp32", seconds, versions()
     return result
 
@@ -149,7 +157,11 @@ def scaling(similarity: str) -> Callable[[np.ndarray], Float32[np.ndarray, "n d"
 
 def unit_vectors(encoder: Encoder, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
     """The texts encoded as queries, at length 1. Raises `KinvecError` for vectors that are not numbers."""
-    vectors = unit(encoder.encode_queries(texts))
+    return finite(encoder, unit(encoder.encode_queries(texts)))
+
+
+def finite(encoder: Encoder, vectors: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
+    """The vectors. Raises `KinvecError` where one is not of numbers."""
     if not np.isfinite(vectors).all():
         raise KinvecError(f"{encoder.name} gave NaN or infinity; is the model broken? Try --precision fp32")
     return vectors

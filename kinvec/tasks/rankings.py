@@ -6,7 +6,7 @@ Shapes: q = queries, k = results kept for each query.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -19,7 +19,8 @@ from kinvec.contracts import KinvecError, Result, RetrievalData
 
 MEASURES = ("nDCG@10", "RR@10", "AP@10", "R@10", "R@100", "P@10")
 SHOWN = 10  # results kept for a person to read
-SNIPPET = 300  # characters of the first result kept
+SNIPPET = 300  # characters of a document kept
+DOCUMENTS = 50_000  # whose beginnings are kept, at most
 QUERIES_AT_A_TIME = 4096  # queries whose rankings are Python objects at once
 LIBRARIES = ("kinvec", "torch", "transformers", "numpy", "ir-measures", "bm25s", "scikit-learn")
 
@@ -31,11 +32,12 @@ def search_depth(measures: Sequence[str]) -> int:
 
 def from_rankings(
     data: RetrievalData, scores: Float32[np.ndarray, "q k"], rows: Int64[np.ndarray, "q k"], measures: Sequence[str],
-    more: Mapping[str, list[float | None]] | None = None,
+    more: Mapping[str, list[float | None]] | None = None, also: Sequence[int] | Int64[np.ndarray, " a"] = (),
 ) -> Result:  # fmt: skip
     """The result of rankings: for each query of `data.qrels` rows of the corpus, best first; −1 where there is none.
 
-    `more` are measures that are there already, a value a query or None.
+    `more` are measures that are there already, a value a query or None; `also` rows of documents to keep the beginnings
+    of, besides those that a reader of the rankings meets.
     """
     names = [str(measure) for measure in metrics.parse_measures(measures)]
     query_ids = list(data.qrels)
@@ -53,7 +55,27 @@ def from_rankings(
     values |= more or {}
     means = {name: metrics.mean([value for value in column if value is not None]) for name, column in values.items()}
     per_query = {"id": query_ids, "query": texts, **values, **columns}
-    return Result(data.name or "retrieval", "retrieval", data.split, "", means, per_query, data.fingerprint)
+    name, kept = data.name or "retrieval", beginnings(data, documents_met(data, rows, also))
+    return Result(name, "retrieval", data.split, "", means, per_query, data.fingerprint, documents=kept)
+
+
+def documents_met(
+    data: RetrievalData, rows: Int64[np.ndarray, "q k"], also: Sequence[int] | Int64[np.ndarray, " a"] = ()
+) -> list[int]:
+    """Rows of the documents that a reader of the rankings meets, at most `DOCUMENTS`: deeper results are left out."""
+    relevant = {document for grades in data.qrels.values() for document, grade in grades.items() if grade > 0}
+    judged = (row for row, identity in enumerate(data.corpus.ids) if identity in relevant)
+    by_place = rows[:, :SHOWN].T.ravel().tolist()  # all first results, then all second ones
+    found = dict.fromkeys([*(int(row) for row in also), *by_place[: len(rows)], *judged, *by_place])
+    return [row for row in found if row >= 0][:DOCUMENTS]
+
+
+def beginnings(data: RetrievalData, rows: Iterable[int]) -> dict[str, list[Any]]:
+    """Ids and beginnings of documents; nothing where the data have no texts."""
+    found = [(data.corpus.ids[row], data.corpus.texts[row][:SNIPPET]) for row in rows]
+    if not any(text for _, text in found):
+        return {}
+    return {"id": [identity for identity, _ in found], "text": [text for _, text in found]}
 
 
 def _shown(

@@ -1,4 +1,7 @@
-"""Results on disk: a folder with `per_query.parquet` (one row a query or pair) and, written last, `results.json`."""
+"""Results on disk: a folder with `per_query.parquet` (one row a query or pair) and, written last, `results.json`.
+
+A search has `documents.parquet` as well: the beginnings of the documents that its rows name.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from kinvec.contracts import KinvecError, Result
 from kinvec.files import write_json
 
 FORMAT = 1
-MANIFEST, ROWS = "results.json", "per_query.parquet"
+MANIFEST, ROWS, DOCUMENTS = "results.json", "per_query.parquet", "documents.parquet"
+TABLES = {"per_query": ROWS, "documents": DOCUMENTS}  # of a result: its field → the file
 
 
 def save_result(result: Result, folder: str | Path) -> Path:
@@ -24,19 +28,27 @@ def save_result(result: Result, folder: str | Path) -> Path:
     refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # from here until it is written again there is no result here
-    beside = folder / f"{ROWS}.{os.getpid()}.tmp"
-    try:
-        pq.write_table(pa.table(result.per_query), beside)
-        os.replace(beside, folder / ROWS)
-    finally:
-        beside.unlink(missing_ok=True)
+    _write_table(result.per_query, folder / ROWS)
+    if result.documents:
+        _write_table(result.documents, folder / DOCUMENTS)
+    else:
+        (folder / DOCUMENTS).unlink(missing_ok=True)
     write_json(folder / MANIFEST, summary(result))
     return folder
 
 
+def _write_table(columns: dict[str, list[Any]], path: Path) -> None:
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(pa.table(columns), beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def summary(result: Result) -> dict[str, Any]:
-    """What `results.json` says: all but the rows of the queries."""
-    head = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "per_query"}
+    """What `results.json` says: all but the rows of queries and documents."""
+    head = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in TABLES}
     return {"format": FORMAT, **head, "queries": len(result.per_query["id"])}
 
 
@@ -45,7 +57,7 @@ def refuse_foreign(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise KinvecError(f"{folder} is a file; name a folder for the result")
     foreign = (
-        [p.name for p in folder.iterdir() if p.name not in (MANIFEST, ROWS) and p.suffix != ".tmp"]
+        [p.name for p in folder.iterdir() if p.name not in (MANIFEST, *TABLES.values()) and p.suffix != ".tmp"]
         if folder.is_dir()
         else []
     )
@@ -61,6 +73,7 @@ def load_result(folder: str | Path) -> Result:
     try:
         head = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         rows = pq.read_table(folder / ROWS).to_pydict()
+        documents = pq.read_table(folder / DOCUMENTS).to_pydict() if (folder / DOCUMENTS).exists() else {}
     except FileNotFoundError:
         raise KinvecError(
             f"{folder}: there is no finished result here (results.json); run kinvec evaluate --out {folder}"
@@ -71,7 +84,7 @@ def load_result(folder: str | Path) -> Result:
         raise KinvecError(f"{folder / MANIFEST}: not a result of this version of kinvec; evaluate again")
     if head.pop("queries", None) != len(rows["id"]):
         raise KinvecError(f"{folder}: {ROWS} is not the one that {MANIFEST} was written with; evaluate again")
-    return Result(**head, per_query=rows)
+    return Result(**head, per_query=rows, documents=documents)
 
 
 def load_results(folder: str | Path) -> dict[str, Result]:

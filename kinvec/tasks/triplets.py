@@ -54,16 +54,24 @@ class Pairs:
         self.rows, self.queries, positive = pairs.T
         self.positive = positive.astype(bool)
         self.cosines: Float64[np.ndarray, " p"] = np.zeros(len(pairs))
+        self.products: Float64[np.ndarray, " p"] = np.zeros(len(pairs))
         self.count = len(qrels)
 
     def passing(self, queries: Float[np.ndarray, "q d"], blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """The blocks of documents, unchanged; afterwards `cosines` is filled."""
+        """The blocks of documents, unchanged; afterwards `cosines` and `products` are filled."""
         start = 0
         for block in blocks:
             here = slice(*np.searchsorted(self.rows, [start, start + len(block)]).tolist())
-            self.cosines[here] = cosines(queries[self.queries[here]], block[self.rows[here] - start])
+            a, b = queries[self.queries[here]].astype(np.float64), block[self.rows[here] - start].astype(np.float64)
+            self.products[here], self.cosines[here] = (a * b).sum(axis=1), cosines(a, b)
             start += len(block)
             yield block
+
+    def similarities(self, qrels: Qrels, ids: Sequence[str]) -> list[list[float | None]]:
+        """Each query's inner products with its judged documents, in their order; None for one that is not there."""
+        found = zip(self.queries.tolist(), self.rows.tolist(), self.products.tolist(), strict=True)
+        product = {(query, ids[row]): value for query, row, value in found}
+        return [[product.get((query, key)) for key in grades] for query, grades in enumerate(qrels.values())]
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """Each query's mean over its triplets of margin and of margin > 0; None for a query without a triplet."""
