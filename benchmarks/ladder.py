@@ -28,7 +28,7 @@ from ladder_data import TOKENS, Size, Task, prepare, tasks_of
 
 import kinvec
 from kinvec import tasks
-from kinvec.backbone import multiplies_bf16
+from kinvec.machine import multiplies_bf16
 from kinvec.console import say
 from kinvec.contracts import Result
 from kinvec.files import write_json, write_text

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kinvec.backbone import multiplies_bf16
+from kinvec.machine import multiplies_bf16
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data"))

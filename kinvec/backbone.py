@@ -30,6 +30,7 @@ from kinvec.batching import Pack, Tokens, pack
 from kinvec.config import Settings
 from kinvec.console import say
 from kinvec.contracts import KinvecError
+from kinvec.machine import multiplies_bf16
 from kinvec.published import has_own_code, needs_own_code, open_config, reading, weight_files
 
 POSITIONS_AFTER_PADDING = {  # families whose first position is the padding index + 1 (RoBERTa's convention)
@@ -453,13 +454,6 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     return "bf16" if multiplies_bf16(device) else "fp32"
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 itself; where it does not, bf16 is emulated, hundreds of times slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def set_threads(threads: int | None) -> None:

@@ -19,11 +19,11 @@ from jaxtyping import Float, Float32, Int64
 from pydantic import Field
 
 from kinvec.config import Settings
-from kinvec.console import Progress, progress
+from kinvec.console import progress
 from kinvec.contracts import KinvecError, RetrievalData
 from kinvec.files import text_keys
 from kinvec.tasks.lexical import rankings
-from kinvec.topk import DOCUMENT_ROWS, pair_scores, top_k
+from kinvec.topk import pair_scores, top_k
 
 Judge = Callable[[str, Sequence[str]], np.ndarray]
 TEXTS_AT_ONCE = 65_536
@@ -170,15 +170,7 @@ def _search(
 ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:  # fmt: skip
     what = "searching" if ceilings is None else "searching below the limits"
     with progress(f"{what} for {len(vectors):,} queries", len(ids)) as bar:
-        return top_k(vectors, _shown(shards, bar), ids, depth, ceilings)
-
-
-def _shown(shards: Sequence[np.ndarray], bar: Progress) -> Iterator[np.ndarray]:
-    for shard in shards:
-        for start in range(0, len(shard), DOCUMENT_ROWS):
-            block = shard[start : start + DOCUMENT_ROWS]
-            yield block
-            bar.advance(len(block))
+        return top_k(vectors, shards, ids, depth, ceilings, bar.advance)
 
 
 def _chosen(

@@ -1,60 +1,69 @@
-"""Exact top-k search in bounded memory: blocked float32 matrix products, with ties in trec_eval's order.
+"""Exact top-k search in bounded memory: products choose candidates, float64 decides, ties in trec_eval's order.
 
-A matrix product's last bits depend on the processor, the threads and the shape of the block, so equal documents could
-score differently. Products only choose candidates, with room for their error; candidates are scored again in float64,
-pair by pair, and rounded to float32. Rankings are therefore the same on every machine and for every division of the
-corpus.
+Blocks of queries and documents are multiplied in bf16 where the processor does that (a third of the time of float32),
+else in float32. A product is off by no more than its stated bound, so whatever could be among the k best by product
+plus bound is a candidate; candidates are scored again in float64, pair by pair, and rounded to float32. The last bits
+of a product depend on the processor, the threads and the shape of the block; rankings do not, and equal documents score
+equally.
 
 The order is total: higher score first; among equal scores the id that is *greater* as a string first. That is how
 trec_eval, and pytrec_eval with it, reads a run (`comp_sim_docno` compares float32 scores, then document names in
 descending order), so the lists made here and the metrics computed from their scores agree to the last tie.
 
-Shapes: q = queries, n = documents, b = documents of a block, d = dimensions, k = results kept for each query.
+Shapes: q = queries, n = documents, s = documents of a shard, b = documents of a block, d = dimensions, k = results kept
+for each query, c = candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
 
 from kinvec.contracts import KinvecError
+from kinvec.machine import forget, multiplies_bf16
 
-DOCUMENT_ROWS = 16_384  # b; a block of scores is at most QUERY_ROWS × DOCUMENT_ROWS float32, 16 MiB
-QUERY_ROWS = 256
+DOCUMENT_ROWS = 16_384  # b; a block of scores is at most QUERY_ROWS × DOCUMENT_ROWS, 32 MiB in bf16
+QUERY_ROWS = 1024
 PAIR_ROWS = 16_384  # query-document pairs scored in float64 at a time
+CROWD = 4  # candidates of a group are thinned when there are more than this many times k for a query
+BF16, FP32, TINY = 2.0**-8, float(np.finfo(np.float32).eps), float(np.finfo(np.float32).tiny)  # 2 × rounding errors
+
+Best = tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]
 
 
 def top_k(
     queries: Float[np.ndarray, "q d"], documents: Iterable[np.ndarray], ids: Sequence[str], k: int,
-    ceilings: Float32[np.ndarray, " q"] | None = None,
-) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:  # fmt: skip
+    ceilings: Float32[np.ndarray, " q"] | None = None, advance: Callable[[int], None] = lambda rows: None,
+) -> Best:  # fmt: skip
     """The k documents with the largest inner product for each query, best first; with `ceilings`, of those up to them.
 
-    `documents` are row blocks [_, d] of one matrix in the order of `ids`: `[matrix]`, memory-mapped shards, or a
-    generator that encodes as it goes; only one block of `DOCUMENT_ROWS` rows and its scores are held at a time. Returns
-    the scores and the rows' indices, both [q, min(k, n)]; minus infinity and −1 where fewer are below the ceiling.
+    `documents` are the shards [s, d] of one matrix in the order of `ids`: `[matrix]`, memory-mapped files, or a
+    generator that encodes as it goes; of a shard only one block of `DOCUMENT_ROWS` rows and its scores are held at a
+    time, and its candidates. `advance` is told the rows of every block. Returns the scores and the rows' indices, both
+    [q, min(k, n)]; minus infinity and −1 where fewer are below the ceiling.
 
     Raises `KinvecError` where a vector holds NaN or infinity, dimensions differ, or there are more rows or more ids.
     """
     tie_rank = rank_ids(ids)
     queries = _checked(queries, queries.shape[1], "query", 0)
+    highest = np.full(len(queries), np.inf, np.float32) if ceilings is None else ceilings
     best = empty_best(len(queries), min(k, len(ids)))
+    parts = [slice(q, q + QUERY_ROWS) for q in range(0, len(queries), QUERY_ROWS)]
+    groups = [_group(queries[rows], highest[rows]) for rows in parts]
     start = 0
-    for block in _blocks(documents, queries.shape[1]):
-        if start + len(block) > len(ids):
+    for shard in documents:
+        if start + len(shard) > len(ids):
             raise KinvecError(f"there are more document vectors than the {len(ids):,} document ids; write them again")
-        for q in range(0, len(queries), QUERY_ROWS):
-            rows = slice(q, q + QUERY_ROWS)
-            scores, error = queries[rows] @ block.T, _product_error(queries[rows], block)
-            exact = partial(pair_scores, queries[rows], block)
-            so_far = best[0][rows], best[1][rows]
-            highest = None if ceilings is None else ceilings[rows, None]
-            kept = keep_best(so_far, scores, start, tie_rank, error, exact, highest)
-            best[0][rows], best[1][rows] = kept
-        start += len(block)
+        if best[0].shape[1]:
+            _collect(groups, shard, start, best[0].shape[1], advance)
+        for rows, group in zip(parts, groups, strict=True):
+            best[0][rows], best[1][rows] = _decided(group, (best[0][rows], best[1][rows]), shard, start, tie_rank)
+        start += len(shard)
     if start != len(ids):
         raise KinvecError(f"there are {start:,} document vectors but {len(ids):,} document ids; write them again")
     return best
@@ -69,56 +78,15 @@ def rank_ids(ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
     return rank
 
 
-def empty_best(q: int, k: int) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
+def empty_best(q: int, k: int) -> Best:
     """Scores of minus infinity and indices of −1: what `keep_best` starts from."""
     return np.full((q, k), -np.inf, dtype=np.float32), np.full((q, k), -1, dtype=np.int64)
 
 
-Exact = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def keep_best(
-    best: tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]],
-    scores: Float32[np.ndarray, "q b"],
-    start: int,
-    tie_rank: Int64[np.ndarray, " n"],
-    error: Float32[np.ndarray, "q 1"] | float = 0.0,
-    exact: Exact | None = None,
-    highest: Float32[np.ndarray, "q 1"] | None = None,
-) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
-    """The best k of `best` and of the block `scores`, whose columns are the documents from row `start` on.
-
-    Where `scores` may be off by `error`, `exact(rows, columns)` scores those that may be among the best. What scores
-    above `highest` does not compete.
-    """
-    (q, k), b = best[0].shape, scores.shape[1]
-    if k == 0 or b == 0:
-        return best
-    floor = best[0][:, -1:] - error  # below the k-th best so far none can enter; one that equals it may, by its id
-    reaches = scores >= floor if highest is None else (scores >= floor) & (scores <= highest + error)
-    if b > k and np.count_nonzero(reaches) > 4 * q * k:  # the first block; or documents sorted towards the queries
-        surely = scores if highest is None else np.where(scores <= highest - error, scores, -np.inf)
-        floor = np.maximum(floor, np.partition(surely, b - k, axis=1)[:, b - k, None] - 2 * error)
-        reaches &= scores >= floor
-    row, column = np.nonzero(reaches)
-    found = scores[row, column] if exact is None else exact(row, column)
-    if highest is not None:
-        within = found <= highest[row, 0]
-        row, column, found = row[within], column[within], found[within]
-    rows = np.concatenate([np.repeat(np.arange(q), k), row])
-    values = np.concatenate([best[0].ravel(), found])
-    documents = np.concatenate([best[1].ravel(), start + column])
-    order = np.lexsort((tie_rank[documents], -values, rows))
-    per_row = np.bincount(rows, minlength=q)  # at least k, since the k so far always compete
-    kept = order[(np.cumsum(per_row) - per_row)[:, None] + np.arange(k)]
-    return values[kept], documents[kept]
-
-
-def _product_error(queries: np.ndarray, block: np.ndarray) -> Float32[np.ndarray, "q 1"]:
-    """Twice the bound on a float32 product's error, d · u · ‖query‖ · ‖document‖ (Higham 2002, eq. 3.5)."""
-    longest = np.linalg.norm(block, axis=1).max(initial=0.0)
-    bound = 2 * queries.shape[1] * np.finfo(np.float32).eps * longest * np.linalg.norm(queries, axis=1, keepdims=True)
-    return bound.astype(np.float32)
+def keep_best(best: Best, scores: Float32[np.ndarray, "q b"], start: int, tie_rank: Int64[np.ndarray, " n"]) -> Best:
+    """The best k of `best` and of the block of exact `scores`, whose columns are the documents from row `start` on."""
+    row, column = np.nonzero(scores >= best[0][:, -1:])  # one that equals the k-th best may enter, by its id
+    return _merged(best, row, start + column, scores[row, column], tie_rank)
 
 
 def pair_scores(
@@ -129,24 +97,146 @@ def pair_scores(
     for start in range(0, len(row), PAIR_ROWS):
         pairs = slice(start, start + PAIR_ROWS)
         scores[pairs] = np.einsum("pd,pd->p", queries[row[pairs]], documents[column[pairs]], dtype=np.float64)
+        forget(documents)
     return scores
 
 
-def _blocks(documents: Iterable[np.ndarray], dimension: int) -> Iterator[Float32[np.ndarray, "b d"]]:
-    """Rows in blocks of at most `DOCUMENT_ROWS`, as contiguous float32 in memory."""
-    seen = 0
-    for shard in documents:
-        for start in range(0, len(shard), DOCUMENT_ROWS):
-            block = _checked(shard[start : start + DOCUMENT_ROWS], dimension, "document", seen)
-            seen += len(block)
-            yield block
+# --- Candidates -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Group:
+    """Queries that are multiplied at a time, and the documents of the shard that may be among their k best.
+
+    `floor` is never above the exact score of the query's k-th best so far; `error` is the largest bound of any product
+    so far. Candidates are rows of the group, rows of the shard, and scores by product.
+    """
+
+    vectors: Float32[np.ndarray, "q d"]
+    reduced: Tensor
+    lengths: Float32[np.ndarray, " q"]
+    lost: Float32[np.ndarray, " q"]
+    highest: Float32[np.ndarray, " q"]
+    floor: Float32[np.ndarray, " q"]
+    error: Float32[np.ndarray, " q"]
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def _group(vectors: Float32[np.ndarray, "q d"], highest: Float32[np.ndarray, " q"]) -> _Group:
+    lowest, none = np.full(len(vectors), -np.inf, np.float32), np.zeros(len(vectors), np.float32)
+    return _Group(vectors, *_reduced(vectors), highest, lowest, none, [])
+
+
+def _reduced(vectors: Float32[np.ndarray, "m d"]) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """The vectors as they are multiplied, their lengths, and the lengths of what rounding took from them."""
+    whole = torch.from_numpy(vectors)
+    reduced = whole.bfloat16() if multiplies_bf16(whole.device) else whole
+    lengths, lost = torch.linalg.vector_norm(whole, dim=1), torch.linalg.vector_norm(whole - reduced.float(), dim=1)
+    return reduced, lengths.numpy(), lost.numpy()
+
+
+def _collect(
+    groups: Sequence[_Group], shard: np.ndarray, start: int, k: int, advance: Callable[[int], None]
+) -> None:  # fmt: skip
+    """Every group's candidates in the shard, whose rows are the documents from row `start` on."""
+    for first in range(0, len(shard), DOCUMENT_ROWS):
+        block = _checked(shard[first : first + DOCUMENT_ROWS], groups[0].vectors.shape[1], "document", start + first)
+        reduced, lengths, lost = _reduced(block)
+        for group in groups:
+            error = _bound(group, float(lengths.max(initial=0)), float(lost.max(initial=0)), block.shape[1])
+            group.error = np.maximum(group.error, error)
+            _add(group, torch.mm(group.reduced, reduced.T), error, first, k)
+        forget(shard)
+        advance(len(block))
+
+
+def _bound(group: _Group, longest: float, most_lost: float, d: int) -> Float32[np.ndarray, " q"]:
+    """The most that a product with any document of a block is off by.
+
+    What rounding took from either side, |a·b − â·b̂| ≤ ‖a − â‖‖b‖ + ‖â‖‖b − b̂‖; what the sum in float32 adds, twice the
+    bound d · u · ‖a‖‖b‖ (Higham 2002, eq. 3.5); and the rounding of the result.
+    """
+    product = group.lengths * longest
+    rounded = group.lost * (longest + most_lost) + (group.lengths + group.lost) * most_lost
+    result = BF16 if group.reduced.dtype == torch.bfloat16 else FP32
+    flushed = d * TINY * (group.lengths + longest + 1)  # bf16 products take what is smaller than that for zero
+    return ((rounded + 2 * d * FP32 * product) * (1 + result) + result * product + flushed).astype(np.float32)
+
+
+def _add(group: _Group, scores: Tensor, error: Float32[np.ndarray, " q"], first: int, k: int) -> None:
+    """What of a block may be among the k best joins the candidates; where that is too much, the floor rises first."""
+    reaches = _at_least(scores, group.floor - error)
+    if np.count_nonzero(reaches) > CROWD * len(reaches) * k:  # the first block; or documents sorted towards the queries
+        values = scores.float().numpy()
+        surely = np.where(values <= (group.highest - error)[:, None], values, -np.inf)
+        if surely.shape[1] > k:
+            least = np.partition(surely, -k, axis=1)[:, -k] - error
+            group.floor = np.maximum(group.floor, least)
+            reaches = _at_least(scores, group.floor - error)
+    row, column = np.divmod(np.flatnonzero(reaches.ravel()), reaches.shape[1])
+    found = scores.view(-1)[torch.from_numpy(row * reaches.shape[1] + column)].float().numpy()
+    competes = found <= (group.highest + error)[row]
+    group.found.append((row[competes], first + column[competes], found[competes]))
+    if sum(len(part[0]) for part in group.found) > CROWD * len(reaches) * k:
+        _thin(group, k)
+
+
+def _at_least(scores: Tensor, floor: Float32[np.ndarray, " q"]) -> Bool[np.ndarray, "q b"]:
+    """Where scores are not below a row's floor. Positive bf16 numbers are ordered as their bits: a fast comparison."""
+    if scores.dtype == torch.float32:
+        return scores.numpy() >= floor[:, None]
+    below = torch.from_numpy(floor - np.abs(floor) * BF16).bfloat16()  # rounded down
+    if floor.min(initial=np.inf) > 0:
+        return scores.view(torch.int16).numpy() >= below.view(torch.int16).numpy()[:, None]
+    return (scores >= below[:, None]).numpy()
+
+
+def _thin(group: _Group, k: int) -> None:
+    """Raise the floor to what k candidates surely reach, and drop those that cannot reach it."""
+    row, column, found = (np.concatenate(parts) for parts in zip(*group.found, strict=True))
+    surely = np.where(found <= (group.highest - group.error)[row], found - group.error[row], -np.inf)
+    order = np.lexsort((-surely, row))
+    per_row = np.bincount(row, minlength=len(group.floor))
+    enough = np.flatnonzero(per_row >= k)
+    kth = order[(np.cumsum(per_row) - per_row)[enough] + k - 1]
+    group.floor[enough] = np.maximum(group.floor[enough], surely[kth])
+    stays = found >= (group.floor - group.error)[row]
+    group.found = [(row[stays], column[stays], found[stays])]
+
+
+def _decided(group: _Group, best: Best, shard: np.ndarray, start: int, tie_rank: Int64[np.ndarray, " n"]) -> Best:
+    """The best k of `best` and the group's candidates, by their exact scores; the group is emptied."""
+    if not group.found or not best[0].shape[1]:
+        return best
+    _thin(group, best[0].shape[1])
+    (row, column, _), group.found = group.found[0], []
+    row, column = (side[np.argsort(column, kind="stable")] for side in (row, column))  # a file is read forwards
+    scores = pair_scores(group.vectors, shard, row, column)
+    within = scores <= group.highest[row]
+    best = _merged(best, row[within], start + column[within], scores[within], tie_rank)
+    group.floor = np.maximum(group.floor, best[0][:, -1])
+    return best
+
+
+def _merged(best: Best, row: np.ndarray, document: np.ndarray, score: np.ndarray, tie_rank: np.ndarray) -> Best:
+    """The best k of `best` and of documents found, by their exact scores."""
+    q, k = best[0].shape
+    if k == 0:
+        return best
+    rows = np.concatenate([np.repeat(np.arange(q), k), row])
+    values = np.concatenate([best[0].ravel(), score])
+    documents = np.concatenate([best[1].ravel(), document])
+    order = np.lexsort((tie_rank[documents], -values, rows))
+    per_row = np.bincount(rows, minlength=q)  # at least k, since the k so far always compete
+    kept = order[(np.cumsum(per_row) - per_row)[:, None] + np.arange(k)]
+    return values[kept], documents[kept]
 
 
 def _checked(vectors: np.ndarray, dimension: int, what: str, first_row: int) -> Float32[np.ndarray, "b d"]:
     if vectors.ndim != 2 or vectors.shape[1] != dimension:
         shape = " × ".join(map(str, vectors.shape))
         raise KinvecError(f"{what} vectors are {shape}, not rows of {dimension} as the queries are; use one model")
-    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    vectors = np.array(vectors, dtype=np.float32, order="C")  # in memory, once
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         row = first_row + int(np.argmin(finite))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,6 +87,47 @@ def test_below_a_ceiling_it_equals_a_sort_of_what_is_below(
         empty = [-1] * (min(k, n) - len(below))
         assert found[row].tolist() == below + empty
         assert scores[row].tolist() == [*(queries[row] @ documents[j] for j in below), *(-np.inf for _ in empty)]
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("shift", [0.0, -3.0])
+def test_documents_that_bf16_cannot_tell_apart_are_ordered_by_float64(bf16: bool, shift: float) -> None:
+    """Scores differ in the fifth digit, those of `shift` are all negative; ceilings fall between them."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(1, 64))
+    queries = (base + 0.01 * rng.normal(size=(40, 64))).astype(np.float32)
+    documents = (base + 1e-4 * rng.normal(size=(3000, 64))).astype(np.float32)
+    queries, documents = (np.c_[m, np.full(len(m), x, np.float32)] for m, x in ((queries, 8.0), (documents, shift)))
+    exact = (queries.astype(np.float64) @ documents.astype(np.float64).T).astype(np.float32)
+    ceilings = np.quantile(exact, 0.9, axis=1).astype(np.float32)
+    ids = [f"{i:04d}" for i in range(3000)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "multiplies_bf16", lambda device: bf16)
+        patch.setattr(topk, "DOCUMENT_ROWS", 512)
+        patch.setattr(topk, "QUERY_ROWS", 16)
+        open_top = top_k(queries, np.split(documents, 3), ids, 20)
+        below = top_k(queries, np.split(documents, 3), ids, 20, ceilings)
+    for (scores, found), limit in ((open_top, np.inf), (below, ceilings[:, None])):
+        allowed = np.where(exact <= limit, exact, -np.inf)
+        expected = np.array([np.lexsort((-np.arange(3000), -row))[:20] for row in allowed])
+        assert (found == expected).all() and (scores == np.take_along_axis(exact, expected, axis=1)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    q=st.integers(1, 30), b=st.integers(1, 50), d=st.integers(1, 400), bf16=st.booleans(),
+    size=st.sampled_from([1e-20, 1e-3, 1.0, 1e10]), seed=st.integers(0, 10_000),
+)  # fmt: skip
+def test_no_product_is_off_by_more_than_its_bound(q: int, b: int, d: int, bf16: bool, size: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    queries, block = ((rng.standard_cauchy((rows, d)) * size).astype(np.float32) for rows in (q, b))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "multiplies_bf16", lambda device: bf16)
+        group = topk._group(queries, np.full(q, np.inf, np.float32))
+        reduced, lengths, lost = topk._reduced(block)
+        bound = topk._bound(group, float(lengths.max()), float(lost.max()), d)
+    scores = torch.mm(group.reduced, reduced.T).double().numpy()
+    assert (np.abs(scores - queries.astype(np.float64) @ block.astype(np.float64).T) <= bound[:, None]).all()
 
 
 def test_all_documents_equal_come_by_id_descending() -> None:
