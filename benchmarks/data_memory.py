@@ -41,10 +41,10 @@ def write(path: Path, rows: int, size: int) -> str:
 
 def check(path: Path) -> str:
     """All rules over the file, parsed for the first time."""
-    from kinvec.checks import check_source
+    from kinvec.doctor import check_source
 
     checked = check_source(path)
-    return f"{checked.summary['rows']:,} rows, {len(checked.problems)} problems"
+    return f"{checked.summary['rows']:,} rows, {len(checked.findings)} findings"
 
 
 def reopen(path: Path) -> str:

@@ -1,6 +1,7 @@
-"""What is wrong with training data, before a model sees it: rules → problems, each with file, line and remedy.
+"""What is wrong with training data, before a model sees it: exact rules → findings, each with file, line and remedy.
 
-A pass over the data keeps 64-bit keys of texts and ids in NumPy arrays, never the texts: about 100 bytes a row.
+A pass over the data keeps 64-bit keys of texts and ids in NumPy arrays, never the texts: about 100 bytes a row. What is
+a matter of degree (near duplicates, odd lengths and languages) is in `kinvec.doctor`.
 Shapes: n = rows, p = entries of a column of all rows (a list column has several a row).
 """
 
@@ -8,19 +9,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Int64, UInt64
+from jaxtyping import Int32, Int64, UInt64
 
-from kinvec.files import DataError, Table, beir, detect_kind, exact_key, open_data, open_retrieval, text_key, text_keys
+from kinvec.contracts import PairData, Problem, RetrievalData
+from kinvec.files import (
+    ArrowStrings,
+    DataError,
+    Table,
+    beir,
+    detect_kind,
+    exact_key,
+    open_data,
+    open_retrieval,
+    text_key,
+    text_keys,
+)
 from kinvec.files.problems import Notes
 
-PLACES = 5  # lines named for one problem; all are counted
+PLACES = 5  # lines named for one finding; all are counted
+QUOTED = 240  # characters of a text shown
 SAMPLED_ROWS = 5000  # rows whose tokens are counted, at most, spread evenly over the data
 MIX = np.uint64(0x9E3779B97F4A7C15)  # an odd constant: multiplication by it is one-to-one on 64 bits
 
@@ -28,8 +42,11 @@ Severity = Literal["error", "warning", "note"]
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Something wrong: an `error` makes training or its evaluation wrong, a `warning` may, a `note` is good to know."""
+class Finding:
+    """Something found: an `error` makes training or its evaluation wrong, a `warning` may, a `note` is good to know.
+
+    `share` is that of `count` in what was looked at. An example has a `note` and its `texts`, each with file and line.
+    """
 
     severity: Severity
     rule: str
@@ -38,25 +55,8 @@ class Problem:
     message: str
     remedy: str
     count: int = 1
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What was found in one source. `summary` holds its kind, rows, queries, documents, mean lengths, fingerprint."""
-
-    source: str
-    summary: dict[str, Any]
-    problems: list[Problem]
-
-    @property
-    def wrong(self) -> bool:
-        """Whether training on it would be wrong."""
-        return any(problem.severity == "error" for problem in self.problems)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        problems = [asdict(problem) for problem in self.problems]
-        return {"source": self.source, "wrong": self.wrong, "summary": self.summary, "problems": problems}
+    share: float | None = None
+    examples: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,23 @@ class TokenLimit:
 class Keys:
     """The keys of a table's columns, entries of all rows end to end; `counts` says how many entries each row has.
 
-    Texts have the key of the normalised text, ids and labels that of the exact one.
+    Texts have the key of the normalised text, ids and labels that of the exact one. `lengths` are those of the texts in
+    characters. `numbers` are the rows' own in the table, of which these may be some.
     """
 
     of: dict[str, Int64[np.ndarray, " p"]]
     counts: dict[str, Int64[np.ndarray, " n"]]
-    characters: dict[str, int]
+    lengths: dict[str, Int32[np.ndarray, " p"]]
+    numbers: Int64[np.ndarray, " n"]
     files: Int64[np.ndarray, " n"]
     lines: Int64[np.ndarray, " n"]
 
+    def __len__(self) -> int:
+        return len(self.lines)
+
     def rows(self, column: str) -> Int64[np.ndarray, " p"]:
         """The row that each entry of a column stands in."""
-        return np.repeat(np.arange(len(self.lines)), self.counts[column])
+        return np.repeat(np.arange(len(self)), self.counts[column])
 
     def row_sums(self, column: str) -> UInt64[np.ndarray, " n"]:
         """One key a row for all its entries of a column in any order: their sum, modulo 2**64."""
@@ -99,115 +104,121 @@ EXACT = ("query_id", "pos_id", "neg_id", "label")
 NUMBERS = ("pos_score", "neg_score", "score", "file", "line")
 
 
-def keys_of(table: Table) -> Keys:
-    """The keys of a table's texts, ids and labels, in one pass, in the memory of one record batch and of the keys."""
+def keys_of(table: Table, rows: Int64[np.ndarray, " n"] | None = None) -> Keys:
+    """The keys of a table's texts, ids and labels, of all rows or of some in their order.
+
+    One pass, in the memory of one record batch and of the keys.
+    """
     names = [name for name in table.arrow.schema.names if name not in NUMBERS]
     keys: dict[str, list[np.ndarray]] = defaultdict(list)
     counts: dict[str, list[np.ndarray]] = defaultdict(list)
-    characters: dict[str, int] = defaultdict(int)
-    for batch in table.batches([*names, "file", "line"]):
+    lengths: dict[str, list[np.ndarray]] = defaultdict(list)
+    for batch in chosen_batches(table, [*names, "file", "line"], rows):
         for name in names:
-            entries, each = _entries(batch.column(name))
+            entries, each = entries_of(batch.column(name))
             key = exact_key if name in EXACT else text_key
             keys[name].append(np.fromiter(map(key, entries), np.int64, len(entries)))
             counts[name].append(each)
-            characters[name] += sum(map(len, entries))
+            if name not in EXACT:
+                lengths[name].append(np.fromiter(map(len, entries), np.int32, len(entries)))
         for name in ("file", "line"):
             keys[name].append(batch.column(name).to_numpy().astype(np.int64))
-    joined = {name: np.concatenate(parts) for name, parts in keys.items()}
-    widths = {name: np.concatenate(parts) for name, parts in counts.items()}
-    return Keys({name: joined[name] for name in names}, widths, dict(characters), joined["file"], joined["line"])
+    of, widths, characters = (
+        {name: np.concatenate(parts) for name, parts in found.items()} for found in (keys, counts, lengths)
+    )
+    files, lines = of.pop("file"), of.pop("line")
+    return Keys(of, widths, characters, np.arange(len(table)) if rows is None else rows, files, lines)
 
 
-def _entries(column: pa.Array) -> tuple[list[str], Int64[np.ndarray, " n"]]:
+def chosen_batches(
+    table: Table, columns: Sequence[str], rows: Int64[np.ndarray, " n"] | None
+) -> Iterator[pa.RecordBatch]:
+    """The record batches of a table, or what some rows, in their order, leave of them."""
+    start = 0
+    for batch in table.batches(columns):
+        if rows is None:
+            yield batch
+        else:
+            first, last = np.searchsorted(rows, [start, start + batch.num_rows])
+            yield batch.take(pa.array(rows[first:last] - start))
+        start += batch.num_rows
+
+
+def entries_of(column: pa.Array) -> tuple[list[str], Int64[np.ndarray, " n"]]:
     """The entries of a column end to end, and how many each row has."""
     if pa.types.is_list(column.type):
         return column.flatten().to_pylist(), pc.list_value_length(column).to_numpy().astype(np.int64)
     return column.to_pylist(), np.ones(len(column), np.int64)
 
 
-def check_source(
-    source: str | Path, *, split: str = "train", kind: str | None = None, columns: Mapping[str, Any] | None = None,
-    evaluation: str | Path | None = None, limit: TokenLimit | None = None, skip_bad: bool = False,
-) -> Checked:  # fmt: skip
-    """Training data checked in all rules; the problems are sorted by severity.
-
-    `evaluation` is data whose test split must share no query with it; a BEIR folder is held against its own test split.
-    With `skip_bad` rows that cannot be read are warnings only. Raises `KinvecError` if there is no such source, or the
-    evaluation data cannot be read.
-    """
-    try:
-        table = open_data(source, split=split, kind=kind, columns=columns, skip_bad=True)
-    except DataError as error:
-        return Checked(str(source), {}, [_problem("error", error)])
-    keys = keys_of(table)
-    problems = [*unreadable(table, skip_bad), *table_problems(table, keys)]
-    folder = Path(source)
-    own_test = beir.is_beir(folder) and split != "test" and "test" in beir.splits(folder)
-    if evaluation is not None or own_test:
-        problems += leakage(
-            table, keys, evaluation if evaluation is not None else source, same_corpus=evaluation is None
-        )
-    if beir.is_beir(folder):
-        problems += folder_problems(folder)
-    summary = summarise(table, keys)
-    if limit is not None:
-        found, lengths = truncation(table, limit)
-        problems += found
-        summary |= lengths
-    order = ("error", "warning", "note")
-    return Checked(str(source), summary, sorted(problems, key=lambda problem: order.index(problem.severity)))
-
-
-def _problem(severity: Severity, error: DataError, count: int = 1) -> Problem:
-    return Problem(severity, error.rule, error.file, error.line, error.message, error.remedy, count)
-
-
-def unreadable(table: Table, skip_bad: bool = False) -> Iterator[Problem]:
+def unreadable(table: Table, skip_bad: bool = False) -> Iterator[Finding]:
     """The rows that could not be read: the first of each rule with its place, the others counted."""
     severity: Severity = "warning" if skip_bad else "error"
     for error in table.problems:
-        yield _problem(severity, error)
+        yield as_finding(severity, error)
     for rule, count in table.counts.items():
         more = count - sum(error.rule == rule for error in table.problems)
         if more > 0:
-            yield Problem(
+            yield Finding(
                 severity, rule, table.source, 0, f"{more:,} more rows with a problem of this rule", "as above", more
             )
     for remark in table.remarks:
-        yield _problem("warning", remark)
+        yield as_finding("warning", remark)
 
 
-def table_problems(table: Table, keys: Keys) -> list[Problem]:
-    """All rules that look at the table alone."""
-    return [problem for rule in RULES[table.kind] for problem in rule(table, keys)]
+def as_finding(severity: Severity, error: DataError) -> Finding:
+    """What a reader said, as a finding."""
+    return Finding(severity, error.rule, error.file, error.line, error.message, error.remedy)
+
+
+def row_findings(table: Table, keys: Keys) -> list[Finding]:
+    """All rules that look at the rows alone."""
+    return [finding for rule in RULES[table.kind] for finding in rule(table, keys)]
 
 
 def _at(
     severity: Severity, rule: str, table: Table, keys: Keys, rows: np.ndarray, what: str, remedy: str
-) -> Iterator[Problem]:
-    """One problem for all these rows, placed at the first of them; nothing if there are none."""
+) -> Iterator[Finding]:
+    """One finding for all these rows, placed at the first of them; nothing if there are none."""
     rows = np.unique(rows)
     if len(rows):
         lines = ", ".join(str(keys.lines[row]) for row in rows[:PLACES]) + (", …" if len(rows) > PLACES else "")
         places = f" (lines {lines})" if len(rows) > 1 else ""
+        shown = [{"note": "", "texts": [_shown(table, keys, row)]} for row in rows[:PLACES].tolist()]
         file, line = table.files[keys.files[rows[0]]], int(keys.lines[rows[0]])
-        yield Problem(severity, rule, file, line, f"{what}{places}", remedy, len(rows))
+        yield Finding(
+            severity, rule, file, line, f"{what}{places}", remedy, len(rows), round(len(rows) / len(keys), 4), shown
+        )
 
 
-def duplicates(table: Table, keys: Keys) -> Iterator[Problem]:
+def _shown(table: Table, keys: Keys, row: int) -> dict[str, Any]:
+    column = next(name for name in ("query", "text", "first") if name in keys.of)
+    return quoted(table, keys, row, str(table.arrow.value(column, int(keys.numbers[row]))))
+
+
+def quoted(table: Table, keys: Keys, row: int, text: str) -> dict[str, Any]:
+    """A text of an example, with its place."""
+    return {"text": shortened(text), "file": table.files[keys.files[row]], "line": int(keys.lines[row])}
+
+
+def shortened(text: str) -> str:
+    """What of a text a person reads in an example."""
+    return text if len(text) <= QUOTED else text[: QUOTED - 1] + "…"
+
+
+def duplicates(table: Table, keys: Keys) -> Iterator[Finding]:
     """Rows whose texts (and label) are those of an earlier row; upper case and white space do not count."""
     names = [name for name in keys.of if not name.endswith("_id")]
-    whole = np.zeros(len(table), np.uint64)
+    whole = np.zeros(len(keys), np.uint64)
     for name in names:
         whole = whole * MIX + keys.row_sums(name)
-    again = np.ones(len(table), dtype=bool)
+    again = np.ones(len(keys), dtype=bool)
     again[np.unique(whole, return_index=True)[1]] = False
     what = "rows that repeat an earlier one"
     yield from _at("warning", "duplicate", table, keys, np.flatnonzero(again), what, "drop them: they count double")
 
 
-def judged_both_ways(table: Table, keys: Keys) -> Iterator[Problem]:
+def judged_both_ways(table: Table, keys: Keys) -> Iterator[Finding]:
     """The same document as positive and as negative of the same query, in one row or in two."""
     positive, negative = (_judged(keys, column) for column in ("pos_doc", "neg_doc"))
     rows = keys.rows("neg_doc")[np.isin(negative, positive)]
@@ -222,7 +233,7 @@ def _judged(keys: Keys, column: str) -> UInt64[np.ndarray, " p"]:
     return queries * MIX + keys.of[column].view(np.uint64)
 
 
-def ambiguous_ids(table: Table, keys: Keys) -> Iterator[Problem]:
+def ambiguous_ids(table: Table, keys: Keys) -> Iterator[Finding]:
     """One id that stands for two texts: known positives could no longer be told from negatives."""
     sides = {"query id": (("query_id", "query"),), "document id": (("pos_id", "pos_doc"), ("neg_id", "neg_doc"))}
     for name, pairs in sides.items():
@@ -235,7 +246,7 @@ def ambiguous_ids(table: Table, keys: Keys) -> Iterator[Problem]:
         yield from _at("error", "id", table, keys, rows[order[again]], what, "give each text its own id, or none")
 
 
-def own_text(table: Table, keys: Keys) -> Iterator[Problem]:
+def own_text(table: Table, keys: Keys) -> Iterator[Finding]:
     """A positive that is the query itself."""
     rows = keys.rows("pos_doc")
     same = keys.of["query"][rows] == keys.of["pos_doc"]
@@ -243,7 +254,7 @@ def own_text(table: Table, keys: Keys) -> Iterator[Problem]:
     yield from _at("warning", "own text", table, keys, rows[same], what, "drop it: it teaches nothing")
 
 
-def several_labels(table: Table, keys: Keys) -> Iterator[Problem]:
+def several_labels(table: Table, keys: Keys) -> Iterator[Finding]:
     """The same text under two labels."""
     order = np.lexsort((keys.of["label"], keys.of["text"]))
     text, label = keys.of["text"][order], keys.of["label"][order]
@@ -252,7 +263,7 @@ def several_labels(table: Table, keys: Keys) -> Iterator[Problem]:
     yield from _at("warning", "contradiction", table, keys, rows, what, "decide for one label")
 
 
-RULES: dict[str, tuple[Callable[[Table, Keys], Iterator[Problem]], ...]] = {
+RULES: dict[str, tuple[Callable[[Table, Keys], Iterator[Finding]], ...]] = {
     "retrieval": (duplicates, judged_both_ways, ambiguous_ids, own_text),
     "labelled": (duplicates, several_labels),
     "pairs": (duplicates,),
@@ -260,50 +271,64 @@ RULES: dict[str, tuple[Callable[[Table, Keys], Iterator[Problem]], ...]] = {
 }
 
 
-def leakage(table: Table, keys: Keys, evaluation: str | Path, *, same_corpus: bool = False) -> list[Problem]:
-    """Queries (or texts, or pairs) of training that stand in the evaluation too, and positives in its corpus.
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model is judged by. `asked` are the queries or texts, of pairs the first and the second ones.
 
-    `same_corpus` says that both search the same documents, where a shared document is no news.
+    `same_corpus` says that training searches the same `documents`, where a shared one is no news.
     """
-    asked, documents = _evaluation_keys(evaluation, table.kind)
-    mine = _questions(table.kind, keys)
-    name = "its test split" if same_corpus else str(evaluation)
+
+    name: str
+    asked: Sequence[Sequence[str]]
+    documents: Sequence[str] = ()
+    same_corpus: bool = False
+
+
+def open_evaluation(source: str | Path, *, same_corpus: bool = False) -> Evaluation:
+    """The test split of a source. Raises `KinvecError` if it cannot be read."""
+    kind = detect_kind(source, split="test")
+    if kind == "retrieval":
+        return evaluation_of(open_retrieval(source, split="test"), str(source), same_corpus=same_corpus)
+    table = open_data(source, split="test", skip_bad=True)
+    columns = ("first", "second") if kind == "pairs" else ("text",)
+    return Evaluation(str(source), [ArrowStrings(table.arrow, name) for name in columns])
+
+
+def evaluation_of(problem: Problem, name: str, *, same_corpus: bool = False) -> Evaluation:
+    """What is asked, and searched, in evaluation data."""
+    if isinstance(problem, RetrievalData):
+        asked = [problem.queries[query] for query in problem.qrels]
+        return Evaluation(name, [asked], problem.corpus.texts, same_corpus)
+    return Evaluation(name, [problem.first, problem.second] if isinstance(problem, PairData) else [problem.texts])
+
+
+def leakage(table: Table, keys: Keys, evaluation: Evaluation) -> list[Finding]:
+    """Queries (or texts, or pairs) of training that stand in the evaluation too, and positives in its corpus."""
+    known = [text_keys(texts) for texts in evaluation.asked]
+    if table.kind == "pairs" and len(known) == 2:
+        mine, asked = _pair_keys(keys.of["first"], keys.of["second"]), _pair_keys(*known)
+    elif table.kind == "pairs":
+        return []
+    else:
+        mine, asked = keys.of["query" if table.kind == "retrieval" else "text"], np.concatenate(known)
     asking = {"retrieval": "queries", "pairs": "pairs"}.get(table.kind, "texts")
-    what = f"{asking} that stand in {name} too"
+    name = "its test split" if evaluation.same_corpus else evaluation.name
     remedy = "drop them from training: their results would be learned by heart"
     rows = np.flatnonzero(np.isin(mine, asked))
-    found = list(_at("error", "leakage", table, keys, rows, what, remedy))
-    if "pos_doc" in keys.of:
-        shared = np.isin(keys.of["pos_doc"], documents)
-        what = f"rows with a positive that stands in the corpus of {name}"
+    found = list(_at("error", "leakage", table, keys, rows, f"{asking} that stand in {name} too", remedy))
+    if "pos_doc" in keys.of and not evaluation.same_corpus:
+        shared = np.isin(keys.of["pos_doc"], text_keys(evaluation.documents))
+        what = f"rows with a positive that stands in the corpus of {name} too"
         remedy = "nothing, if both search one corpus; else the evaluation is easier than new documents would be"
-        severity: Severity = "note" if same_corpus else "warning"
-        found += _at(severity, "shared documents", table, keys, keys.rows("pos_doc")[shared], what, remedy)
+        found += _at("warning", "shared documents", table, keys, keys.rows("pos_doc")[shared], what, remedy)
     return found
 
 
-def _questions(kind: str, keys: Keys) -> Int64[np.ndarray, " n"]:
-    """What a model is asked, by row: the query, the text, or both texts of a pair."""
-    if kind == "pairs":
-        return (keys.of["first"].view(np.uint64) * MIX + keys.of["second"].view(np.uint64)).view(np.int64)
-    return keys.of["query" if kind == "retrieval" else "text"]
+def _pair_keys(first: Int64[np.ndarray, " n"], second: Int64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    return first.view(np.uint64) * MIX + second.view(np.uint64)
 
 
-def _evaluation_keys(
-    evaluation: str | Path, trained_on: str
-) -> tuple[Int64[np.ndarray, " q"], Int64[np.ndarray, " d"]]:
-    """Keys of what is asked in the test split, and of the documents searched."""
-    kind = detect_kind(evaluation, split="test")
-    if kind == "retrieval":
-        data = open_retrieval(evaluation, split="test")
-        return text_keys(data.queries.values()), text_keys(data.corpus.texts)
-    keys = keys_of(open_data(evaluation, split="test", skip_bad=True))
-    if kind == "pairs" and trained_on != "pairs":
-        return np.concatenate([keys.of["first"], keys.of["second"]]), np.empty(0, np.int64)
-    return _questions(kind, keys), np.empty(0, np.int64)
-
-
-def folder_problems(folder: Path) -> list[Problem]:
+def folder_findings(folder: Path) -> list[Finding]:
     """What a BEIR folder holds that nothing will use: queries that no split judges, documents without a text."""
     notes = Notes(strict=False)
     judged = set[str]()
@@ -315,7 +340,7 @@ def folder_problems(folder: Path) -> list[Problem]:
         message = f"{len(unjudged):,} queries have no judgement in any split"
         file = str(folder / "queries.jsonl")
         found.append(
-            Problem("note", "no positive", file, unjudged[0], message, "judge them, or drop them", len(unjudged))
+            Finding("note", "no positive", file, unjudged[0], message, "judge them, or drop them", len(unjudged))
         )
     empty = [
         line
@@ -325,14 +350,14 @@ def folder_problems(folder: Path) -> list[Problem]:
     if empty:
         message = f"{len(empty):,} documents have neither a title nor a text"
         file = str(folder / "corpus.jsonl")
-        found.append(Problem("warning", "empty", file, empty[0], message, "drop them from the corpus", len(empty)))
+        found.append(Finding("warning", "empty", file, empty[0], message, "drop them from the corpus", len(empty)))
     return found
 
 
 def summarise(table: Table, keys: Keys) -> dict[str, Any]:
     """Kind, rows, distinct queries, documents or labels, and mean lengths in characters."""
     distinct = {name: len(np.unique(values)) for name, values in keys.of.items()}
-    mean = {name: round(keys.characters[name] / max(1, len(values)), 1) for name, values in keys.of.items()}
+    mean = {name: round(float(lengths.sum()) / max(1, len(lengths)), 1) for name, lengths in keys.lengths.items()}
     summary = {"kind": table.kind, "rows": len(table), "dropped": table.dropped, "fingerprint": table.fingerprint}
     if table.kind != "retrieval":
         names = [name for name in keys.of if name != "label"]
@@ -342,23 +367,23 @@ def summarise(table: Table, keys: Keys) -> dict[str, Any]:
     return summary | {
         "queries": distinct["query"],
         "documents": len(np.unique(documents)),
-        "positives_per_row": round(len(keys.of["pos_doc"]) / len(table), 2),
-        "negatives_per_row": round(len(keys.of["neg_doc"]) / len(table), 2),
+        "positives_per_row": round(len(keys.of["pos_doc"]) / len(keys), 2),
+        "negatives_per_row": round(len(keys.of["neg_doc"]) / len(keys), 2),
         "mean_query_characters": mean["query"],
         "mean_document_characters": round(
-            (keys.characters["pos_doc"] + keys.characters["neg_doc"]) / len(documents), 1
+            float((keys.lengths["pos_doc"].sum() + keys.lengths["neg_doc"].sum()) / len(documents)), 1
         ),
     }
 
 
-def truncation(table: Table, limit: TokenLimit) -> tuple[list[Problem], dict[str, Any]]:
+def truncation(table: Table, limit: TokenLimit) -> tuple[list[Finding], dict[str, Any]]:
     """The share of texts that the model cuts, and mean token counts, from rows spread evenly over the data."""
     rows = np.unique(np.linspace(0, len(table) - 1, min(SAMPLED_ROWS, len(table))).round().astype(np.int64))
     texts: dict[str, dict[str, int]] = {"query": {}, "document": {}}  # side → text → row
     for row in rows.tolist():
         for side, text in _texts_of(table, row):
             texts[side].setdefault(text, row)
-    problems: list[Problem] = []
+    findings: list[Finding] = []
     summary: dict[str, Any] = {"max_length": limit.max_length}
     for side, found in texts.items():
         if not found:
@@ -374,10 +399,13 @@ def truncation(table: Table, limit: TokenLimit) -> tuple[list[Problem], dict[str
             message = f"{cut.mean():.1%} of the {side} texts are longer than {limit.max_length} tokens and are cut"
             remedy = "raise max_length, or split long texts into passages"
             count = int(cut.sum())
-            problems.append(
-                Problem("warning", "truncated", file, int(line), f"{message} ({count:,}{sampled})", remedy, count)
-            )
-    return problems, summary
+            findings.append(
+                Finding(
+                    "warning", "truncated", file, int(line), f"{message} ({count:,}{sampled})", remedy, count,
+                    round(float(cut.mean()), 4),
+                )
+            )  # fmt: skip
+    return findings, summary
 
 
 def _texts_of(table: Table, row: int) -> Iterator[tuple[str, str]]:

@@ -12,8 +12,9 @@ import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kinvec.checks import Checked, Problem, TokenLimit, check_source
+from kinvec.checks import Finding, TokenLimit
 from kinvec.contracts import KinvecError
+from kinvec.doctor import Checked, check_source
 from kinvec.files import normalise, open_data
 from kinvec.verbs.check import check, command
 
@@ -27,14 +28,14 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def found(checked: Checked) -> list[tuple[str, str, int, int]]:
-    return [(p.severity, p.rule, p.line, p.count) for p in checked.problems]
+    return [(p.severity, p.rule, p.line, p.count) for p in checked.findings]
 
 
 def test_nothing_is_found_where_nothing_is_wrong(tmp_path: Path) -> None:
     checked = check_source(jsonl(tmp_path / "clean.jsonl", CLEAN), evaluation=jsonl(tmp_path / "test.jsonl", [
         {"query": "another question", "pos_doc": "another answer"}
     ]))  # fmt: skip
-    assert not checked.problems and not checked.wrong
+    assert not checked.findings and not checked.wrong
     summary = checked.summary
     assert (summary["kind"], summary["rows"], summary["queries"], summary["documents"]) == ("retrieval", 5, 5, 10)
     assert (summary["mean_query_characters"], summary["mean_document_characters"]) == (10.0, 7.5)
@@ -71,7 +72,7 @@ def test_a_rule_names_line_count_and_remedy(
     path = jsonl(tmp_path / "data.jsonl", [*CLEAN, *rows])
     checked = check_source(path)
     assert found(checked) == [expected]
-    assert checked.problems[0].file == str(path) and checked.problems[0].remedy
+    assert checked.findings[0].file == str(path) and checked.findings[0].remedy
     assert checked.wrong == (expected[0] == "error")
 
 
@@ -79,11 +80,11 @@ def test_all_bad_rows_are_counted_the_first_ones_named(tmp_path: Path) -> None:
     rows = [*CLEAN, *[{"query": "x", "pos_doc": ""}] * 30, {"query": "x"}]
     path = jsonl(tmp_path / "data.jsonl", rows)
     checked = check_source(path)
-    assert [p.line for p in checked.problems if p.rule == "empty"] == [*range(6, 26), 0]
-    assert checked.problems[-1].message == "10 more rows with a problem of this rule"
-    assert sum(p.count for p in checked.problems) == 31 == checked.summary["dropped"]
+    assert [p.line for p in checked.findings if p.rule == "empty"] == [*range(6, 26), 0]
+    assert checked.findings[-1].message == "10 more rows with a problem of this rule"
+    assert sum(p.count for p in checked.findings) == 31 == checked.summary["dropped"]
     skipped = check_source(path, skip_bad=True)
-    assert {p.severity for p in skipped.problems} == {"warning"} and not skipped.wrong
+    assert {p.severity for p in skipped.findings} == {"warning"} and not skipped.wrong
 
 
 def test_a_file_that_cannot_be_read_at_all_is_a_problem_and_an_absent_one_an_error(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_duplicates_and_contradictions_are_those_of_plain_sets(
 ) -> None:
     dicts = [{"query": query, "pos_doc": positives, "neg_doc": negatives} for query, positives, negatives in rows]
     checked = check_source(jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", dicts))
-    counted = Counter({problem.rule: problem.count for problem in checked.problems})
+    counted = Counter({finding.rule: finding.count for finding in checked.findings})
     whole = [(normalise(query), *map(tuple, map(sorted, documents))) for query, *documents in rows]
     assert counted["duplicate"] == len(rows) - len(set(whole))
     positive = {(normalise(query), document) for query, documents, _ in rows for document in documents}
@@ -134,13 +135,13 @@ def beir_folder(tmp_path: Path) -> Path:
 
 
 def test_a_beir_folder_is_held_against_its_own_test_split(beir_folder: Path) -> None:
-    notes = [("warning", "no positive", 0, 1), ("note", "shared documents", 1, 2)]
-    assert found(check_source(beir_folder)) == notes
+    unjudged = ("warning", "no positive", 0, 1)
+    assert found(check_source(beir_folder)) == [unjudged]
     queries = (beir_folder / "queries.jsonl").read_text()
     (beir_folder / "queries.jsonl").write_text(queries.replace("question 3", "Question  1"))
     checked = check_source(beir_folder)
-    assert found(checked) == [("error", "leakage", 2, 1), *notes] and checked.wrong
-    assert checked.problems[0].message == "queries that stand in its test split too"
+    assert found(checked) == [("error", "leakage", 2, 1), unjudged] and checked.wrong
+    assert checked.findings[0].message == "queries that stand in its test split too"
 
 
 def test_what_a_beir_folder_holds_in_vain(beir_folder: Path) -> None:
@@ -150,7 +151,7 @@ def test_what_a_beir_folder_holds_in_vain(beir_folder: Path) -> None:
     checked = check_source(beir_folder)
     assert ("warning", "empty", 5, 1) in found(checked) and ("note", "no positive", 5, 2) in found(checked)
     (beir_folder / "qrels" / "train.tsv").write_text("q0\td0\t1\nq1\td7\t1\nq7\td1\t1\n")
-    missing = [problem for problem in check_source(beir_folder).problems if problem.rule == "missing"]
+    missing = [finding for finding in check_source(beir_folder).findings if finding.rule == "missing"]
     assert [(p.severity, p.line) for p in missing] == [("error", 2), ("error", 3)]
     assert "'d7' is not in corpus.jsonl" in missing[0].message and "'q7' is not in queries.jsonl" in missing[1].message
 
@@ -178,7 +179,7 @@ def test_leakage_of_other_kinds(tmp_path: Path) -> None:
         ("error", "leakage", 2, 1)
     ]
     other = [{"sentence1": "a", "sentence2": "d", "score": 1}]
-    assert not check_source(path, evaluation=jsonl(tmp_path / "other.jsonl", other)).problems
+    assert not check_source(path, evaluation=jsonl(tmp_path / "other.jsonl", other)).findings
     assert found(check_source(train, evaluation=path))[0] == ("error", "leakage", 1, 3)
 
 
@@ -191,7 +192,7 @@ def test_the_share_of_texts_that_are_cut_is_told_with_prompts_counted(tmp_path: 
     limit = TokenLimit(lambda texts: [len(text.split()) for text in texts], 3, {"query": "ask: now "})
     checked = check_source(path, limit=limit)
     assert found(checked) == [("warning", "truncated", 1, 1), ("warning", "truncated", 2, 1)]
-    assert checked.problems[0].message == "50.0% of the query texts are longer than 3 tokens and are cut (1 of 2)"
+    assert checked.findings[0].message == "50.0% of the query texts are longer than 3 tokens and are cut (1 of 2)"
     assert (checked.summary["mean_query_tokens"], checked.summary["mean_document_tokens"]) == (3.5, 3.5)
 
 
@@ -199,13 +200,13 @@ def test_tokens_of_many_rows_are_sampled_and_it_says_so(tmp_path: Path, monkeypa
     monkeypatch.setattr("kinvec.checks.SAMPLED_ROWS", 10)
     path = jsonl(tmp_path / "texts.jsonl", [{"text": f"{i} " + "word " * (i >= 50)} for i in range(100)])
     checked = check_source(path, limit=TokenLimit(lambda texts: [len(text.split()) for text in texts], 1))
-    assert "50.0%" in checked.problems[0].message and "(5 of 10 sampled)" in checked.problems[0].message
+    assert "50.0%" in checked.findings[0].message and "(5 of 10 sampled)" in checked.findings[0].message
 
 
 def test_a_real_model_counts_its_own_tokens(tmp_path: Path) -> None:
     rows = [{"query": "short", "pos_doc": "long " * 254}, {"query": "other", "pos_doc": "longer " * 255}]
     checked = check(jsonl(tmp_path / "data.jsonl", rows), model=MINILM)[0]
-    assert found(checked) == [("warning", "truncated", 2, 1)]
+    assert ("warning", "truncated", 2, 1) in found(checked)
     assert (checked.summary["max_length"], checked.summary["mean_document_tokens"]) == (256, 256.5)
 
 
@@ -228,18 +229,22 @@ def test_the_command_shows_a_table_and_exits_1_if_training_would_be_wrong(
     clean = jsonl(tmp_path / "clean.jsonl", CLEAN)
     wrong = jsonl(tmp_path / "wrong.jsonl", [*CLEAN, {"query": "x [/b]", "pos_doc": " "}])
     code, shown = run(capsys, clean)
-    assert code == 0 and "nothing found wrong" in shown and "rows 5, queries 5, documents 10" in " ".join(shown.split())
+    assert (
+        code == 0
+        and "fit to train on; nothing found" in " ".join(shown.split())
+        and "rows 5, queries 5, documents 10" in " ".join(shown.split())
+    )
     code, shown = run(capsys, clean, wrong)
-    assert code == 1 and "wrong.jsonl:6" in shown and "training on this would be wrong" in " ".join(shown.split())
+    assert code == 1 and "line 6" in shown and "training on this would be wrong" in " ".join(shown.split())
     assert run(capsys, wrong, skip_bad=True)[0] == 0
 
 
 def test_the_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = jsonl(tmp_path / "data.jsonl", [{"frage": "x", "pos_doc": "d"}, {"frage": "y", "pos_doc": ""}])
     code, shown = run(capsys, path, column=["query=frage"], as_json=True)
-    (read,) = json.loads(shown)
+    (read,) = json.loads(shown)["sources"]
     assert code == 1 and read["wrong"] and read["summary"]["rows"] == 1
-    assert [Problem(**problem).line for problem in read["problems"]] == [2]
+    assert [Finding(**finding).line for finding in read["findings"]] == [2]
     with pytest.raises(KinvecError, match="ROLE=NAME"):
         run(capsys, path, column=["frage"])
 
@@ -254,10 +259,10 @@ def test_real_leaks_are_those_that_plain_sets_find(shared_data: Path) -> None:
 
     train, test = texts("train"), set(texts("test"))
     checked = check_source(shared_data / "banking77", evaluation=shared_data / "banking77")
-    leaked = next(problem for problem in checked.problems if problem.rule == "leakage")
+    leaked = next(finding for finding in checked.findings if finding.rule == "leakage")
     assert leaked.count == sum(text in test for text in train) > 0
 
 
 def test_real_scifact_shares_two_queries_between_its_splits(shared_data: Path) -> None:
     checked = check_source(shared_data / "scifact")
-    assert [(p.rule, p.line, p.count) for p in checked.problems if p.severity == "error"] == [("leakage", 552, 2)]
+    assert [(p.rule, p.line, p.count) for p in checked.findings if p.severity == "error"] == [("leakage", 552, 2)]

@@ -11,8 +11,12 @@ import typer
 
 from kinvec.contracts import RecipeError
 
+SHOWN, WIDTH = 3, 90  # texts of an example in the table, and characters of one
+
 if TYPE_CHECKING:
-    from kinvec.checks import Checked, Problem, TokenLimit
+    from kinvec.checks import Finding, TokenLimit
+    from kinvec.doctor import Checked
+    from kinvec.embedder import Embedder
 
 
 def check(
@@ -24,23 +28,23 @@ def check(
     columns: Mapping[str, Any] | None = None,
     skip_bad: bool = False,
 ) -> list[Checked]:
-    """Check each source of training data; `Checked.wrong` says whether training on it would be wrong.
+    """Examine each source of training data; `Checked.wrong` says whether training on it would be wrong.
 
-    With `model` the texts it would cut are counted; `evaluation` is data that training must share no query with.
+    With `model` the texts it would cut are counted and false negatives are suspected; `evaluation` is data that
+    training must share no query with.
     """
-    from kinvec.checks import check_source
-
-    limit = token_limit(model) if model else None
-    options: dict[str, Any] = {"split": split, "kind": kind, "columns": columns, "skip_bad": skip_bad}
-    return [check_source(source, evaluation=evaluation, limit=limit, **options) for source in sources]
-
-
-def token_limit(model: str) -> TokenLimit:
-    """How a model counts tokens and where it cuts, from its folder."""
-    from kinvec.checks import TokenLimit
+    from kinvec.doctor import check_source
     from kinvec.embedder import Embedder
 
-    embedder = Embedder.load(model, device="cpu", precision="fp32")
+    encoder = Embedder.load(model) if model else None
+    limit = token_limit(encoder) if encoder else None
+    options: dict[str, Any] = {"split": split, "kind": kind, "columns": columns, "skip_bad": skip_bad}
+    return [check_source(source, evaluation=evaluation, limit=limit, encoder=encoder, **options) for source in sources]
+
+
+def token_limit(embedder: Embedder) -> TokenLimit:
+    """How a model counts tokens and where it cuts."""
+    from kinvec.checks import TokenLimit
 
     def count(texts: list[str]) -> list[int]:
         return [len(ids) for ids in embedder.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
@@ -52,7 +56,9 @@ def command(
     sources: Annotated[
         list[str], typer.Argument(metavar="SRC…", help="Files, folders (BEIR too) or hub data sets to train on.")
     ],
-    model: Annotated[str | None, typer.Option(help="Count the texts that this model would cut.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Count the texts that this model cuts; suspect false negatives.")
+    ] = None,
     evaluation: Annotated[
         str | None, typer.Option("--eval", help="Evaluation data that must share no query (BEIR: its own test split).")
     ] = None,
@@ -66,7 +72,9 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all that was found as JSON.")] = False,
 ) -> None:
-    """Say what is wrong with training data: file, line and remedy. Exit code 1 if training on it would be wrong."""
+    """Examine training data: what is wrong with it, where, and the remedy. Exit code 1 if training would be wrong."""
+    from kinvec.doctor import to_json
+
     found = check(
         *sources,
         model=model,
@@ -77,7 +85,7 @@ def command(
         skip_bad=skip_bad,
     )
     if as_json:
-        print(json.dumps([checked.to_json() for checked in found], indent=2, ensure_ascii=False))
+        print(json.dumps(to_json(found), indent=2, ensure_ascii=False))
     else:
         for checked in found:
             show(checked)
@@ -93,17 +101,16 @@ def _columns(given: list[str] | None) -> dict[str, str] | None:
 
 
 def show(checked: Checked) -> None:
-    """The summary, a table of problems (worst first) and a verdict."""
+    """The summary, a table of findings (worst first), the verdict, and what was not looked at."""
     from rich.console import Console
 
     console = Console(soft_wrap=False, highlight=False)
     console.print(_summary_line(checked), markup=False)
-    if checked.problems:
-        console.print(_problem_table(checked))
-    counts = {s: sum(p.severity == s for p in checked.problems) for s in ("error", "warning", "note")}
-    said = ", ".join(f"{n} {severity}{'s' if n > 1 else ''}" for severity, n in counts.items() if n)
-    verdict = "training on this would be wrong" if checked.wrong else "fit for training"
-    console.print(f"{checked.source}: {verdict}" + (f" ({said})." if said else "; nothing found wrong."), markup=False)
+    if checked.findings:
+        console.print(_finding_table(checked))
+    console.print(f"{checked.source}: {checked.verdict}.", markup=False, style="bold")
+    for rule, remedy in checked.not_looked.items():
+        console.print(f"Not looked for: {rule}; {remedy}", markup=False, style="dim")
 
 
 def _summary_line(checked: Checked) -> str:
@@ -112,7 +119,7 @@ def _summary_line(checked: Checked) -> str:
     return f"{checked.source}: {summary.get('kind', 'cannot be read')}" + (f" ({', '.join(shown)})" if shown else "")
 
 
-def _problem_table(checked: Checked) -> Any:
+def _finding_table(checked: Checked) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -120,17 +127,32 @@ def _problem_table(checked: Checked) -> Any:
     colours = {"error": "bold red", "warning": "yellow", "note": "dim"}
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    table.add_column("problem")
+    table.add_column("finding", ratio=3)
     table.add_column("where", no_wrap=True, overflow="fold")
-    table.add_column("rows", justify="right")
-    table.add_column("remedy")
-    for problem in checked.problems:
-        cells = (problem.message, _place(problem, checked.source), f"{problem.count:,}", problem.remedy)
-        table.add_row(Text(problem.severity, colours[problem.severity]), *map(Text, cells))
+    table.add_column("count", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("remedy", ratio=2)
+    for finding in checked.findings:
+        told = Text.assemble(finding.message, *((f"\n{line}", "dim") for line in _example(finding)))
+        share = "" if finding.share is None else f"{finding.share:.1%}"
+        cells = (_place(finding, checked.source), f"{finding.count:,}", share, finding.remedy)
+        table.add_row(Text(finding.severity, colours[finding.severity]), told, *map(Text, cells))
     return table
 
 
-def _place(problem: Problem, source: str) -> str:
-    """The place, without the folder that the summary names already."""
-    short = problem.file.removeprefix(source).lstrip("/") or Path(source).name
-    return f"{short}:{problem.line}" if problem.line else short
+def _example(finding: Finding) -> list[str]:
+    """The first example: a line for each of its texts, of those that say more than the place does."""
+    if not finding.examples:
+        return []
+    first = finding.examples[0]
+    texts = [" ".join(one["text"].split()) for one in first["texts"][:SHOWN]]
+    lines = [f"“{text if len(text) <= WIDTH else text[: WIDTH - 1] + '…'}”" for text in texts]
+    return [f"{first['note']}:", *lines] if first["note"] else lines
+
+
+def _place(finding: Finding, source: str) -> str:
+    """The place, without what the summary names already."""
+    inside = finding.file.removeprefix(source).lstrip("/")
+    if not inside:
+        return f"line {finding.line}" if finding.line else ""
+    return f"{inside}:{finding.line}" if finding.line else inside
