@@ -122,7 +122,8 @@ class Result:
     `predicted`, `clusters` for labelled texts). `documents` holds, a row each, those that a person meets while reading
     the rows of a search: the first results and the relevant ones, as `id` and `text` (its beginning). In both, columns
     such as `pca_x` and `pca_y` are places in the plane of those that a picture shows. `thresholds` holds, by
-    metric, from which cosine on pairs count as positive.
+    metric, from which cosine on pairs count as positive. `cheaper` is what `tasks.cheaper`
+    found out from the same vectors.
     """
 
     task: str
@@ -139,6 +140,7 @@ class Result:
     precision: str = ""
     documents: dict[str, list[Any]] = field(default_factory=dict)
     thresholds: dict[str, float] = field(default_factory=dict)
+    cheaper: dict[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from kinvec.contracts import Encoder, LabelledData, PairData, Problem, RecipeError, Result
 from kinvec.tasks.classification import LABELLED, classification
 from kinvec.tasks.comparison import Change, Comparison, Difference, compare, unit_of
+from kinvec.tasks.compression import cheaper, small_enough, with_cheaper
 from kinvec.tasks.evaluation import from_vectors, retrieval, similarity
 from kinvec.tasks.lexical import bm25
 from kinvec.tasks.rankings import MEASURES, from_rankings
@@ -31,7 +32,8 @@ def measure(data: Problem, encoder: Encoder, measures: Sequence[str] = ()) -> Re
 
 __all__ = [
     "LABELLED", "MEASURES", "SEEDS_FILE", "TRIPLETS", "Change", "Comparison", "Difference", "Failures", "Slice",
-    "Standing", "System", "TaskComparison", "bm25", "classification", "compare", "compare_systems", "from_rankings",
-    "from_vectors", "letter", "load_result", "load_results", "measure", "read_columns", "refuse_foreign", "retrieval",
-    "save_result", "similarity", "statistic", "summary", "systems_by_task", "unit_of",
+    "Standing", "System", "TaskComparison", "bm25", "cheaper", "classification", "compare", "compare_systems",
+    "from_rankings", "from_vectors", "letter", "load_result", "load_results", "measure", "read_columns",
+    "refuse_foreign", "retrieval", "save_result", "similarity", "small_enough", "statistic", "summary",
+    "systems_by_task", "unit_of", "with_cheaper",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Results on disk: a folder with `per_query.parquet` (one row a query or pair) and, written last, `results.json`.
 
-A search has `documents.parquet` as well: the beginnings of the documents that its rows name.
+A search has `documents.parquet` as well: the beginnings of the documents that its rows name, and
+`cheaper.json` where cheaper vectors were measured.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kinvec.files import write_json
 FORMAT = 1
 MANIFEST, ROWS, DOCUMENTS = "results.json", "per_query.parquet", "documents.parquet"
 TABLES = {"per_query": ROWS, "documents": DOCUMENTS}  # of a result: its field → the file
+CHEAPER = "cheaper.json"
 
 
 def save_result(result: Result, folder: str | Path) -> Path:
@@ -33,7 +35,11 @@ def save_result(result: Result, folder: str | Path) -> Path:
         _write_table(result.documents, folder / DOCUMENTS)
     else:
         (folder / DOCUMENTS).unlink(missing_ok=True)
-    write_json(folder / MANIFEST, summary(result))
+    head = summary(result)
+    (folder / CHEAPER).unlink(missing_ok=True)
+    if cheaper := head.pop("cheaper"):
+        write_json(folder / CHEAPER, cheaper)
+    write_json(folder / MANIFEST, head)
     return folder
 
 
@@ -47,7 +53,7 @@ def _write_table(columns: dict[str, list[Any]], path: Path) -> None:
 
 
 def summary(result: Result) -> dict[str, Any]:
-    """What `results.json` says: all but the rows of queries and documents."""
+    """What `results.json` and, under `cheaper`, `cheaper.json` say: all but the rows of queries and documents."""
     head = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in TABLES}
     return {"format": FORMAT, **head, "queries": len(result.per_query["id"])}
 
@@ -57,7 +63,7 @@ def refuse_foreign(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise KinvecError(f"{folder} is a file; name a folder for the result")
     foreign = (
-        [p.name for p in folder.iterdir() if p.name not in (MANIFEST, *TABLES.values()) and p.suffix != ".tmp"]
+        [p.name for p in folder.iterdir() if p.name not in (MANIFEST, CHEAPER, *TABLES.values()) and p.suffix != ".tmp"]
         if folder.is_dir()
         else []
     )
@@ -72,6 +78,7 @@ def load_result(folder: str | Path) -> Result:
     folder = Path(folder)
     try:
         head = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        cheaper = json.loads((folder / CHEAPER).read_text("utf-8")) if (folder / CHEAPER).exists() else {}
         rows = pq.read_table(folder / ROWS).to_pydict()
         documents = pq.read_table(folder / DOCUMENTS).to_pydict() if (folder / DOCUMENTS).exists() else {}
     except FileNotFoundError:
@@ -84,7 +91,7 @@ def load_result(folder: str | Path) -> Result:
         raise KinvecError(f"{folder / MANIFEST}: not a result of this version of kinvec; evaluate again")
     if head.pop("queries", None) != len(rows["id"]):
         raise KinvecError(f"{folder}: {ROWS} is not the one that {MANIFEST} was written with; evaluate again")
-    return Result(**head, per_query=rows, documents=documents)
+    return Result(**head, per_query=rows, documents=documents, cheaper=cheaper)
 
 
 def load_results(folder: str | Path) -> dict[str, Result]:

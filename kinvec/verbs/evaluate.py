@@ -23,6 +23,8 @@ def evaluate(
     measures: Sequence[str] = (),
     prompts: Mapping[str, str] | None = None,
     api_model: str | None = None,
+    cheaper: bool = False,
+    dimensions: Sequence[int] = (),
     precision: str = "auto",
     device: str = "auto",
     threads: int | None = None,
@@ -33,7 +35,8 @@ def evaluate(
     sentence-transformers opens (`st:NAME`), or one on a server (`https://HOST/v1`). `model` may be `bm25`, the lexical
     baseline by itself. With `embeddings`, a folder that `kinvec embed` wrote, its
     vectors are scored instead of a model, by the judgements of `data` or by its own. `measures` default to
-    the task's own. With `out` the result is written there. Raises `RecipeError` for arguments that do not go
+    the task's own. With `cheaper` the result also says what fewer dimensions (`dimensions`: which) and bits cost
+    (`tasks.cheaper`). With `out` the result is written there. Raises `RecipeError` for arguments that do not go
     together and `KinvecError` for what is wrong with data or model, before anything is encoded.
     """
     from kinvec import tasks
@@ -51,13 +54,15 @@ def evaluate(
     parse_measures([name for name in measures if name not in (*tasks.LABELLED, *tasks.TRIPLETS)])
     if out is not None:
         tasks.refuse_foreign(Path(out))
+    if dimensions and not cheaper:
+        raise RecipeError("--dimension says which dimensions --cheaper tries; add --cheaper")
     set_threads(threads)
     if embeddings is not None:
-        result = _score_vectors(Path(embeddings), data, split, measures)
+        result = _score_vectors(Path(embeddings), data, split, measures, dimensions if cheaper else None)
     else:
         assert data is not None
         result = _score_model(
-            str(model), open_problem(data, split=split), measures,
+            str(model), open_problem(data, split=split), measures, dimensions if cheaper else None,
             precision=precision, device=device, prompts=prompts, api_model=api_model,
         )  # fmt: skip
     if out is not None:
@@ -65,19 +70,30 @@ def evaluate(
     return result
 
 
-def _score_model(model: str, data: Problem, measures: Sequence[str], **opening: Any) -> Result:
+def _score_model(
+    model: str, data: Problem, measures: Sequence[str], cheaper: Sequence[int] | None, **opening: Any
+) -> Result:
+    """Score a model; where `cheaper` is given, cheaper vectors too, of these dimensions or the usual ones."""
     from kinvec import tasks
     from kinvec.contracts import RecipeError, RetrievalData
     from kinvec.encoders import open_encoder
 
+    if cheaper is not None and (model.lower() == "bm25" or not isinstance(data, RetrievalData)):
+        raise RecipeError("--cheaper measures vectors on queries with judged documents; leave it out here")
     if model.lower() == "bm25":
         if not isinstance(data, RetrievalData):
             raise RecipeError("bm25 searches; it does not score pairs of texts. Name a model")
         return tasks.bm25(data, tuple(measures) or tasks.MEASURES)
-    return tasks.measure(data, open_encoder(model, **opening), measures)
+    encoder = open_encoder(model, **opening)
+    if cheaper is not None:
+        assert isinstance(data, RetrievalData)
+        return tasks.with_cheaper(data, encoder, measures, cheaper)
+    return tasks.measure(data, encoder, measures)
 
 
-def _score_vectors(folder: Path, source: str | Path | None, split: str, measures: Sequence[str]) -> Result:
+def _score_vectors(
+    folder: Path, source: str | Path | None, split: str, measures: Sequence[str], cheaper: Sequence[int] | None
+) -> Result:
     from kinvec import tasks
     from kinvec.contracts import KinvecError, RetrievalData
     from kinvec.files import open_problem, vectors
@@ -96,10 +112,11 @@ def _score_vectors(folder: Path, source: str | Path | None, split: str, measures
             raise KinvecError("an embeddings folder is scored by judged queries; scored pairs need --model")
         ranked = [name for name in measures if name not in tasks.TRIPLETS]
         data, baselines = opened, {"BM25": tasks.bm25(opened, ranked or tasks.MEASURES).metrics}
-    result = tasks.from_vectors(
-        data, (queries.ids, queries.shards), (documents.ids, documents.shards), measures,
-        similarity=said.get("similarity", "dot"),
-    )  # fmt: skip
+    sides = (queries.ids, queries.shards), (documents.ids, documents.shards)
+    similarity = said.get("similarity", "dot")
+    result = tasks.from_vectors(data, *sides, measures, similarity=similarity)
+    if cheaper is not None:
+        result.cheaper = tasks.cheaper(data.qrels, *sides, measures, similarity=similarity, dimensions=cheaper)
     result.model, result.prompts = said.get("model", str(folder)), said.get("prompts", {})
     result.baselines = baselines
     return result
@@ -152,6 +169,13 @@ def command(
         list[str] | None, typer.Option(help="query=TEXT or document=TEXT, put before each; may be repeated.")
     ] = None,
     api_model: Annotated[str | None, typer.Option(help="Which model of a server; its key: KINVEC_API_KEY.")] = None,
+    cheaper: Annotated[
+        bool, typer.Option("--cheaper", help="Also measure fewer dimensions × float32, float16, int8, binary.")
+    ] = False,
+    dimension: Annotated[
+        list[int] | None,
+        typer.Option(help="Dimensions to try in --cheaper; may be repeated. Unset: those trained, or halves."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware has it.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
@@ -164,8 +188,8 @@ def command(
     """
     result = evaluate(
         model, data, split=split, out=out, embeddings=embeddings, measures=measure or (),
-        prompts=dict(_prompt(given) for given in prompt or ()), api_model=api_model, precision=precision,
-        device=device, threads=threads,
+        prompts=dict(_prompt(given) for given in prompt or ()), api_model=api_model, cheaper=cheaper,
+        dimensions=dimension or (), precision=precision, device=device, threads=threads,
     )  # fmt: skip
     if as_json:
         from kinvec.tasks import summary
@@ -173,6 +197,8 @@ def command(
         print(json.dumps(summary(result), indent=2, ensure_ascii=False))
     else:
         show(result)
+        if result.cheaper:
+            show_cheaper(result.cheaper)
         if out is not None:
             print(f"written to {out}")
 
@@ -207,3 +233,29 @@ def show(result: Result) -> None:
         beside = [f"{row[metric]:.5f}" if metric in row else "" for row in result.baselines.values()]
         table.add_row(metric, f"{value:.5f}", *beside)
     Console().print(table)
+
+
+def show_cheaper(found: dict[str, Any]) -> None:
+    """Print what fewer dimensions and bits cost, and the fewest bytes that keep 99 % and 95 %."""
+    from rich.console import Console
+    from rich.table import Table
+
+    measure, rows = found["measure"], found["rows"]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("dims", "precision", "bytes", measure, "change", "95 % interval", "kept"):
+        table.add_column(name, justify="left" if name == "precision" else "right", no_wrap=True)
+    for row in rows:
+        change, stored = row["difference"], row["precision"] + ", rescored" * row["rescored"]
+        table.add_row(
+            str(row["dimensions"]), stored, f"{row['bytes']:,}", f"{row['metrics'][measure]:.4f}",
+            f"{change['value']:+.4f}", f"{change['low']:+.4f} to {change['high']:+.4f}",
+            "" if row["kept"] is None else f"{row['kept']:.1%}",
+        )  # fmt: skip
+    print(f"\ncheaper vectors; rescored: {found['oversampling']} candidates a result, ordered by the full query")
+    Console().print(table)
+    for share in (0.99, 0.95):
+        kept = [row for row in rows if row["kept"] is not None and row["kept"] >= share]
+        if kept:
+            best = min(kept, key=lambda row: (row["bytes"], row["rescored"]))
+            what = f"{best['dimensions']} dimensions, {best['precision']}" + ", rescored" * best["rescored"]
+            print(f"{share:.0%} kept in {best['bytes']:,} bytes instead of {rows[0]['bytes']:,}: {what}")

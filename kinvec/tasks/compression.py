@@ -1,0 +1,188 @@
+"""Cheaper vectors: what fewer dimensions and fewer bits for each cost in quality, from vectors that are there already.
+
+Every choice of dimensions and precision is a search of its own over the whole corpus, exact as all are here: vectors
+are cut, scaled to length 1 again where the similarity is the cosine, stored as `kinvec.quantising` does, and searched
+as they are stored. Shapes: q = queries, k = results, c = candidates, m = dimensions kept, b = rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32, Int64
+
+from kinvec import metrics
+from kinvec.console import progress
+from kinvec.contracts import Encoder, Problem, Qrels, RecipeError, Result, RetrievalData
+from kinvec.metrics.resampling import RESAMPLES, counts, draw_items, interval
+from kinvec.quantising import PRECISIONS, Precision, Ranges, ranges_of
+from kinvec.tasks.evaluation import ENCODE_ROWS, retrieval, scaling
+from kinvec.tasks.rankings import MEASURES
+from kinvec.tasks.triplets import chosen
+from kinvec.topk import pair_scores, rank_ids, top_k
+
+OVERSAMPLING = 4  # candidates for each result where they are scored again (Yamada et al. 2021 and later practice)
+HALVINGS, FEWEST = 3, 8  # unless dimensions are named: all, a half, a quarter, an eighth; not below so many
+DOCUMENTS, PAIRS = 100_000, 500_000_000  # of a search that is small enough to do it unasked: vectors held, scores
+
+Side = tuple[Sequence[str], Sequence[np.ndarray]]
+"""Ids, and the shards [_, d] of their vectors, in the same order."""
+
+
+class Remembering:
+    """An encoder that keeps what it encoded of a search, for a second look: float32 vectors in memory."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder, self.name = encoder, encoder.name
+        self.queries: list[np.ndarray] = []
+        self.documents: list[np.ndarray] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoder, name)
+
+    def encode_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        self.queries.append(self.encoder.encode_queries(texts))
+        return self.queries[-1]
+
+    def encode_documents(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        self.documents.append(self.encoder.encode_documents(texts))
+        return self.documents[-1]
+
+
+def with_cheaper(
+    data: RetrievalData, encoder: Encoder, measures: Sequence[str] = (), dimensions: Sequence[int] = ()
+) -> Result:
+    """As `retrieval`, with `cheaper` of the same vectors, which are held in memory meanwhile."""
+    heard = Remembering(encoder)
+    result = retrieval(data, heard, measures)
+    vectors = (list(data.qrels), heard.queries), (data.corpus.ids, heard.documents)
+    similarity = getattr(encoder, "similarity", "cosine")
+    dimensions = dimensions or trained_dimensions(encoder)
+    result.cheaper = cheaper(data.qrels, *vectors, measures, similarity=similarity, dimensions=dimensions)
+    return result
+
+
+def small_enough(data: Problem) -> bool:
+    """Whether `with_cheaper` costs little beside encoding: at most `DOCUMENTS` documents and `PAIRS` scores."""
+    return (
+        isinstance(data, RetrievalData)
+        and len(data.corpus) <= DOCUMENTS
+        and len(data.corpus) * len(data.qrels) <= PAIRS
+    )
+
+
+def trained_dimensions(encoder: Encoder) -> list[int]:
+    """The Matryoshka dimensions that the encoder says it was trained with; none where it says nothing."""
+    stages = getattr(encoder, "lineage", [])
+    return list(stages[-1].get("recipe", {}).get("objective", {}).get("dimensions") or []) if stages else []
+
+
+@dataclass(frozen=True)
+class _Space:
+    """The vectors of a search; `queries` are in the order of the judgements."""
+
+    queries: Float32[np.ndarray, "q d"]
+    documents: Sequence[np.ndarray]
+    ids: Sequence[str]
+    similarity: str
+
+    def asked(self, m: int) -> Float32[np.ndarray, "q m"]:
+        return scaling(self.similarity)(self.queries[:, :m])
+
+    def blocks(self, m: int) -> Iterator[Float32[np.ndarray, "b m"]]:
+        for shard in self.documents:
+            for start in range(0, len(shard), ENCODE_ROWS):
+                yield scaling(self.similarity)(shard[start : start + ENCODE_ROWS, :m])
+
+
+def cheaper(
+    qrels: Qrels, queries: Side, documents: Side, measures: Sequence[str] = (), *, similarity: str = "dot",
+    dimensions: Sequence[int] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Every choice of dimensions and precision, measured on a search whose vectors are there.
+
+    Gives `measure` (the first), `oversampling`, and `rows` from most to fewest dimensions, float32 to binary: each has
+    `dimensions`, `precision`, `rescored`, `bytes` of a stored vector, `metrics`, and of the first measure `interval`
+    (95 %, bootstrap over queries), `difference` to full vectors (`value`, `low`, `high`, paired) and the share `kept`
+    (None of nothing). Rescored means: the first `OVERSAMPLING` × k by stored queries are put in order by full queries
+    against the stored documents; nothing more is stored for it. Memory is that of a block, whatever the shards.
+    Raises `RecipeError` for dimensions that the vectors have not, and without a measure of rankings.
+    """
+    names = [str(measure) for measure in metrics.parse_measures(chosen(qrels, measures, MEASURES)[0])]
+    if not names:
+        raise RecipeError("cheaper vectors are measured by rankings; name a measure such as nDCG@10")
+    place = {identity: row for row, identity in enumerate(queries[0])}
+    whole = np.concatenate([np.asarray(part, dtype=np.float32) for part in queries[1]])
+    space = _Space(whole[[place[query] for query in qrels]], documents[1], documents[0], similarity)
+    tried = _dimensions(whole.shape[1], dimensions)
+    depth, rows, columns = metrics.search_depth(names), list[dict[str, Any]](), list[dict[str, np.ndarray]]()
+    with progress("cheaper vectors", len(tried) * len(PRECISIONS)) as bar:
+        for m in tried:
+            ranges = ranges_of(space.blocks(m))
+            for precision, how in PRECISIONS.items():
+                said = {"dimensions": m, "precision": precision, "bytes": how.bytes(m)}
+                for rescored, best in enumerate(_rankings(space, ranges, how, depth)):
+                    named = ([space.ids[row] for row in of_query] for of_query in best.tolist())
+                    rows.append(said | {"rescored": bool(rescored)})
+                    columns.append(metrics.retrieval(names, qrels, dict(zip(qrels, named, strict=True))))
+                bar.advance()
+    for row, values, told in zip(rows, columns, _statistics(np.stack([c[names[0]] for c in columns])), strict=True):
+        row |= {"metrics": {name: metrics.mean(values[name]) for name in names}} | told
+    return {"measure": names[0], "oversampling": OVERSAMPLING, "rows": rows}
+
+
+def _dimensions(d: int, named: Sequence[int]) -> list[int]:
+    """All dimensions, then those named or the halvings, from most to fewest."""
+    if wrong := next((m for m in named if not 0 < m <= d), None):
+        raise RecipeError(f"the vectors have {d} dimensions; their first {wrong} cannot be taken")
+    halved = [d >> times for times in range(1, HALVINGS + 1) if d >> times >= FEWEST]
+    return sorted({d, *(named or halved)}, reverse=True)
+
+
+def _rankings(space: _Space, ranges: Ranges, how: Precision, k: int) -> Iterator[Int64[np.ndarray, "q k"]]:
+    """Rows of the k best documents by stored vectors; of a coarse precision once more, rescored."""
+    m, k = ranges.shape[1], min(k, len(space.ids))
+
+    def stored(vectors: Float32[np.ndarray, "n m"]) -> Float32[np.ndarray, "n m"]:
+        return how.restore(how.store(vectors, ranges), ranges)
+
+    def documents() -> Iterator[Float32[np.ndarray, "b m"]]:
+        return map(stored, space.blocks(m))
+
+    asked = space.asked(m)
+    _, rows = top_k(stored(asked), documents(), space.ids, k * OVERSAMPLING if how.coarse else k)
+    yield rows[:, :k]
+    if how.coarse:
+        yield _rescored(asked, documents(), rows, space.ids)[:, :k]
+
+
+def _rescored(
+    queries: Float32[np.ndarray, "q m"], documents: Iterator[np.ndarray], rows: Int64[np.ndarray, "q c"],
+    ids: Sequence[str],
+) -> Int64[np.ndarray, "q c"]:  # fmt: skip
+    """The candidates `rows` of every query in the order of their products with it, ties as `top_k` has them."""
+    scores, start = np.empty(rows.shape, dtype=np.float32), 0
+    for block in documents:
+        query, place = np.nonzero((rows >= start) & (rows < start + len(block)))
+        scores[query, place] = pair_scores(queries, block, query, rows[query, place] - start)
+        start += len(block)
+    return np.take_along_axis(rows, np.lexsort((rank_ids(ids)[rows], -scores)), axis=1)
+
+
+def _statistics(values: Float[np.ndarray, "r q"]) -> Iterator[dict[str, Any]]:
+    """Of every row of values: its interval, its difference to the first row, and the share of its mean that is kept.
+
+    All rows share the draws, which are most of the work.
+    """
+    r, n = values.shape
+    both = np.concatenate([values, values - values[0]]).T
+    means = np.concatenate([counts(drawn, n) @ both / n for drawn in draw_items(n, 0, RESAMPLES, 2 * r)])
+    spread = [interval(column) for column in means.T]
+    full = float(values[0].mean())
+    for own, mean in enumerate(values.mean(axis=1).tolist()):
+        low, high = spread[r + own]
+        difference = {"value": mean - full, "low": low, "high": high}
+        yield {"interval": list(spread[own]), "difference": difference, "kept": mean / full if full else None}
