@@ -28,7 +28,8 @@ trainer:
   lr: 3.0e-05
 """
 QUERIES = 120
-SCRIPT = "<script>alert('a query is a text, never markup')</script>"
+SCRIPT = "</script><script>alert('a query is a text, never markup')</script>\u2028<!--"
+IMAGE = "<img src=x onerror=alert('a document is a text')> </script><script>alert(2)</script>"
 
 
 def make_run(
@@ -57,19 +58,36 @@ def make_run(
 def search_result(model: str, ndcg: np.ndarray) -> Result:
     """A retrieval result whose queries have these nDCG@10."""
     n = len(ndcg)
+    tops = [_ranking(i, value, n) for i, value in enumerate(ndcg)]
     columns = {
         "id": [f"q{i}" for i in range(n)],
         "query": [SCRIPT if i == 3 else f"how does thing {i} differ from thing {i + 1}" for i in range(n)],
         "nDCG@10": ndcg.tolist(),
         "RR@10": np.minimum(1, ndcg + 0.02).tolist(),
         "R@100": np.ceil(ndcg).tolist(),
-        "top_ids": [[f"d{i}", f"d{i + 1}"] for i in range(n)],
+        "top_ids": tops,
+        "top_scores": [[round(0.9 - 0.1 * place, 3) for place in range(len(top))] for top in tops],
         "top_text": [f"Thing {i} is {'very_' * 16}long. What thing {i + 1} was before. " * 6 for i in range(n)],
         "first_relevant": [None if value < 0.1 else 1 + int((1 - value) * 9) for value in ndcg],
+        "judged_ids": [[f"d{i}", f"d{(i + 9) % n}"] for i in range(n)],
+        "judged_scores": [[1, 0] for _ in range(n)],
+        "judged_similarities": [[0.3 + 0.6 * value, None] for value in ndcg.tolist()],
     }
+    texts = [IMAGE if i == 5 else f"Thing {i} is {'very_' * 16}long. What thing {i + 1} was." for i in range(n)]
+    documents = {"id": [f"d{i}" for i in range(n)], "text": texts}
     means = {name: float(np.mean(columns[name])) for name in ("nDCG@10", "RR@10", "R@100")}
     lexical = {"BM25": {"nDCG@10": 0.61, "RR@10": 0.6, "R@100": 0.9}}
-    return Result("docs", "retrieval", "test", model, means, columns, "f" * 32, baselines=lexical, precision="fp32")
+    return Result(
+        "docs", "retrieval", "test", model, means, columns, "f" * 32, baselines=lexical, precision="fp32",
+        documents=documents,
+    )  # fmt: skip
+
+
+def _ranking(query: int, value: float, n: int) -> list[str]:
+    """Three documents of `n`, with the relevant one, that of the query's number, the nearer to the top the better."""
+    others = [f"d{(query + step) % n}" for step in (1, 2, 3)]
+    place = min(3, int((1 - value) * 5))
+    return [*others[:place], f"d{query}", *others[place:]][:3]
 
 
 def similarity_result(model: str, noise: float) -> Result:

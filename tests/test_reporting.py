@@ -15,7 +15,7 @@ from kinvec.contracts import KinvecError
 from kinvec.reporting import SECTIONS, axis, build_report, collect, compact, render
 from kinvec.verbs.report import report
 
-VOID = {"meta", "link"}
+VOID = {"meta", "link", "input"}
 
 
 class Structure(HTMLParser):
@@ -54,7 +54,11 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     structure = parse(page)
     assert path == tmp_path / "run" / "report.html"
     assert len(set(structure.ids)) == len(structure.ids)
-    assert [anchor for anchor, *_ in SECTIONS] == [i for i in structure.ids if i in {a for a, *_ in SECTIONS}]
+    shown = [anchor for anchor, *_ in SECTIONS if anchor in structure.ids]
+    assert (
+        [i for i in structure.ids if i in shown] == shown == [link[1:] for link in structure.links[2 : 2 + len(shown)]]
+    )
+    assert {"scores", "curve", "queries", "data", "settings"} <= set(shown)
     assert all(link.startswith(("#", "data:")) for link in structure.links)
     assert not re.search(r"https?://|@import|url\(", page)
 
@@ -121,7 +125,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_texts_are_texts_and_never_markup(tmp_path: Path) -> None:
     data = collect(make_run(tmp_path / "run"))
-    data["tasks"][0]["wins"][0]["query"] = SCRIPT
+    assert SCRIPT in data["queries"]["tasks"][0]["queries"]
+    data["status"] = SCRIPT
     data["curve"]["readout"][0] = "</script><b>"
     page = render(data)
     assert SCRIPT not in page
@@ -204,4 +209,4 @@ def test_the_verb_writes_where_it_is_told(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     assert report(run, tmp_path / "elsewhere.html") == tmp_path / "elsewhere.html"
     assert not (run / "report.html").exists()
-    assert report(run).read_text().count("<section") == 1 + len(SECTIONS)
+    assert report(run).read_text().count("<section") == 1 + len(collect(run)["sections"])

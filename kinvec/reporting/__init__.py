@@ -16,19 +16,21 @@ import yaml
 
 from kinvec.contracts import KinvecError
 from kinvec.files import write_text
+from kinvec.reporting.browser import browse
 from kinvec.reporting.curve import learning_curve, shares
 from kinvec.reporting.data import described
 from kinvec.reporting.reading import flat, read_json, read_log, read_results
 from kinvec.reporting.rendering import axis, compact, render
 from kinvec.reporting.scores import task_table, verdict
 
-SECTIONS = (  # anchor, name in the navigation, template
+SECTIONS = (  # anchor, name in the navigation, template; a section of `OPTIONAL` is there only if its data are
     ("scores", "Before and after", "_scores.html.j2"),
     ("curve", "Learning curve", "_curve.html.j2"),
-    ("examples", "Wins and losses", "_examples.html.j2"),
+    ("queries", "Query by query", "_queries.html.j2"),
     ("data", "Data", "_data.html.j2"),
     ("settings", "Settings", "_settings.html.j2"),
 )
+OPTIONAL = ("queries",)
 
 
 def build_report(run_folder: str | Path) -> Path:
@@ -45,24 +47,26 @@ def collect(run_folder: str | Path) -> dict[str, Any]:
     recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
     recipe: dict[str, Any] = yaml.safe_load(recipe_text) or {}
     model = read_json(run / "model" / "kinvec.json")
-    measured = [task_table(base, tuned) for base, tuned in read_results(run)]
+    results = read_results(run)
+    measured = [task_table(base, tuned) for base, tuned in results]
     steps, learned = read_log(run / "log.jsonl"), read_json(run / "data.json")
     curve = learning_curve(steps)
-    return {
+    page: dict[str, Any] = {
         "name": run.resolve().name,
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "model": str(recipe.get("model", "")),
         "status": _status(bool(model), curve, measured, recipe),
         "verdict": verdict(measured, recipe, bool(model)),
         "tasks": measured,
+        "queries": browse([[base, tuned] for base, tuned in results if tuned], ("Before", "After")),
         "curve": curve,
         "sets": shares(steps, learned.get("sets") or {}),
         "data": described(learned),
         "recipe": recipe_text.strip(),
         "lineage": [flat(stage) for stage in model.get("lineage", [])],
         "environment": flat(read_json(run / "environment.json")),
-        "sections": SECTIONS,
     }
+    return page | {"sections": [section for section in SECTIONS if section[0] not in OPTIONAL or page[section[0]]]}
 
 
 def _status(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,9 +28,21 @@ def render(data: Mapping[str, Any]) -> str:
         "p_value": p_value,
         "compact": compact,
         "snippet": snippet,
+        "embed": embed,
     }
     templates.globals |= {"axis": axis, "zip": zip}
     return templates.get_template("report.html.j2").render(data)
+
+
+def embed(value: Any) -> str:
+    """A value as JSON that may stand in a <script>: nothing in it closes the element or ends a line of JavaScript.
+
+    Raises `ValueError` for NaN and infinity, which JSON does not have.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
 
 
 @dataclass(frozen=True, slots=True)
