@@ -15,9 +15,17 @@ import numpy as np
 from jaxtyping import Int
 
 from kinvec import tasks
-from kinvec.contracts import Encoder, KinvecError, LabelledData, PairData, Problem, RecipeError, RetrievalData
-from kinvec.files import Table, content_fingerprint, detect_kind, open_data, open_pairs, open_retrieval
-from kinvec.files.sources import split_files
+from kinvec.contracts import Encoder, LabelledData, PairData, Problem, RecipeError, RetrievalData
+from kinvec.files import (
+    Table,
+    content_fingerprint,
+    has_split,
+    kind_of_pairs,
+    open_data,
+    open_pairs,
+    open_problem,
+    open_retrieval,
+)
 from kinvec.sampling import DataSettings, Source, as_retrieval, label_source, pair_source, scored_source, text_source
 
 Rows = Int[np.ndarray, " E"]
@@ -58,14 +66,6 @@ def _as_it_is(problem: Any, table: Table, rows: Rows, limit: int) -> Any:
     return problem
 
 
-def _has_split(source: str, split: str) -> bool:
-    """Whether a folder has a file of the split; of a training split alone it would be the same file."""
-    try:
-        return Path(source).is_dir() and bool(split_files(Path(source), split))
-    except KinvecError:
-        return False
-
-
 # --- Queries with documents -----------------------------------------------------------------------------------------
 
 
@@ -85,7 +85,7 @@ RETRIEVAL = Kind(
     source=pair_source,
     rows=_all_rows,
     named=lambda source, split, settings: open_retrieval(source, split=split, columns=settings.columns),
-    beside=lambda source, split: (Path(source) / "qrels" / f"{split}.tsv").is_file(),
+    beside=has_split,
     held=lambda table, rows, settings, name: as_retrieval(table, rows, settings.distractors, name),
     complete=_as_it_is,
     develop=_develop_retrieval,
@@ -145,7 +145,8 @@ def _with_training_texts(problem: Any, table: Table, rows: Rows, limit: int) -> 
 
 
 def _develop_labelled(problem: Any, encoder: Encoder) -> dict[str, float]:
-    return tasks.classification(problem, encoder, ("accuracy_knn", "silhouette")).metrics
+    first = "v_measure" if problem.kind == "clustering" else "accuracy_knn"
+    return tasks.classification(problem, encoder, (first, "silhouette")).metrics
 
 
 LABELLED = Kind(
@@ -153,7 +154,7 @@ LABELLED = Kind(
     source=label_source,
     rows=_rows_of_labels,
     named=_open_labelled,
-    beside=_has_split,
+    beside=has_split,
     held=lambda table, rows, settings, name: _labelled(table, rows, Path(table.source).stem, name),
     complete=_with_training_texts,
     develop=_develop_labelled,
@@ -169,7 +170,8 @@ LABELLED = Kind(
 def _held_pairs(table: Table, rows: Rows, settings: DataSettings, name: str) -> PairData:
     found = [table.arrow.row(int(row)) for row in rows]
     first, second, scores = ([row[column] for row in found] for column in ("first", "second", "score"))
-    return PairData(first, second, scores, _key(table, rows), Path(table.source).stem, name)
+    kind = kind_of_pairs(scores)
+    return PairData(first, second, scores, _key(table, rows), Path(table.source).stem, name, kind)
 
 
 PAIRS = Kind(
@@ -177,10 +179,10 @@ PAIRS = Kind(
     source=scored_source,
     rows=_all_rows,
     named=lambda source, split, settings: open_pairs(source, split=split, columns=settings.columns),
-    beside=_has_split,
+    beside=has_split,
     held=_held_pairs,
     complete=_as_it_is,
-    develop=lambda problem, encoder: tasks.similarity(problem, encoder).metrics,
+    develop=lambda problem, encoder: tasks.measure(problem, encoder).metrics,
     asked=lambda problem: [],  # one text of a pair may stand elsewhere; kinvec check looks for whole pairs
     sizes=lambda problem: {"pairs": len(problem.scores)},
     texts=lambda table, row: iter([("text", table.arrow.value(side, row)) for side in ("first", "second")]),
@@ -191,7 +193,7 @@ PAIRS = Kind(
 
 def _open_judged(source: str, split: str, settings: DataSettings) -> Problem:
     """Texts by themselves judge nothing: what measures the model is named, and of any other kind."""
-    return KINDS[detect_kind(source, split=split)].named(source, split, settings)
+    return open_problem(source, split=split, columns=settings.columns)
 
 
 def _judging(problem: Problem) -> Kind:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from conftest import MINILM
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.cluster import MiniBatchKMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score, v_measure_score
 from synthetic_run import make_run
@@ -297,7 +300,12 @@ def test_each_measure_is_that_of_a_plain_reading_of_its_definition() -> None:
     assert result.per_query["nearest"] == [data.training_texts[row[0]] for row in nearest]
     assert (rows["accuracy_lr"] == (LogisticRegression().fit(y, known).predict(x) == labels)).all()
     assert result.metrics["silhouette"] == pytest.approx(silhouette_score(x, labels, metric="cosine"), abs=1e-5)
-    assert result.metrics["v_measure"] == pytest.approx(v_measure_score(labels, result.per_query["cluster"]), abs=1e-9)
+    clustered = []
+    drawing, model = random.Random(42), MiniBatchKMeans(3, batch_size=512, n_init=1, random_state=42)
+    for _ in range(10):  # MTEB: one drawing for all samples, the same seed for each
+        chosen = np.array(drawing.choices(range(len(labels)), k=16_384))
+        clustered.append(v_measure_score(labels[chosen], model.fit_predict(x[chosen])))
+    assert result.metrics["v_measure"] == pytest.approx(np.mean(clustered), abs=1e-9)
     order, right = list(range(len(known))), np.zeros(len(labels))
     for _ in range(10):  # MTEB: one list of indices, shuffled on by the same seed
         np.random.seed(42)
@@ -361,8 +369,13 @@ CLUSTERINGS = st.integers(2, 40).flatmap(
 @settings(max_examples=60, deadline=None)
 @given(CLUSTERINGS)
 def test_v_measure_is_scikit_learns(both: tuple[list[int], list[int], list[int]]) -> None:
-    labels, clusters, _ = map(np.array, both)
-    assert metrics.v_measure(labels, clusters) == pytest.approx(v_measure_score(labels, clusters), abs=1e-9)
+    labels, clusters, others = map(np.array, both)
+    once = np.ones((1, len(labels)), dtype=np.int64)
+    assert metrics.v_measure(labels, clusters[None], once) == pytest.approx(v_measure_score(labels, clusters), abs=1e-9)
+    several, often = np.stack([clusters, others]), np.stack([1 + clusters % 3, others % 2])
+    samples = [np.repeat(np.arange(len(labels)), times) for times in often]
+    scores = [v_measure_score(labels[i], row[i]) if len(i) else 1.0 for i, row in zip(samples, several, strict=True)]
+    assert metrics.v_measure(labels, several, often) == pytest.approx(np.mean(scores), abs=1e-9)
 
 
 @settings(max_examples=8, deadline=None)
@@ -371,7 +384,8 @@ def test_its_interval_is_that_of_recomputing_it_on_each_resample(both: tuple[lis
     labels, a, b = map(np.array, both)
     draws = np.random.default_rng(5).integers(0, len(labels), size=(60, len(labels)))
     expected = [v_measure_score(labels[d], b[d]) - v_measure_score(labels[d], a[d]) for d in draws]
-    low, high = metrics.bootstrap_v_measure(labels, a, b, seed=5, resamples=60)
+    once = np.ones((1, len(labels)), dtype=np.int64)
+    low, high = metrics.bootstrap_v_measure(labels, a[None], b[None], once, seed=5, resamples=60)
     assert (low, high) == pytest.approx(tuple(np.quantile(expected, [0.025, 0.975])), abs=1e-9)
 
 
@@ -379,9 +393,49 @@ def test_its_p_value_knows_no_numbers_of_clusters() -> None:
     draw = np.random.default_rng(0)
     labels = draw.integers(0, 4, 80)
     noisy = np.where(draw.random(80) < 0.5, labels, draw.integers(0, 4, 80))
-    renamed = np.array([2, 3, 1, 0])[noisy]
-    assert metrics.randomisation_v_measure(labels, noisy, renamed, resamples=500) == 1.0
-    assert metrics.randomisation_v_measure(labels, noisy, labels, resamples=500) < 0.01
+    twice = np.stack([noisy, np.array([1, 0, 3, 2])[noisy]])
+    renamed, exact, once = np.array([2, 3, 1, 0])[twice], np.stack([labels, labels]), np.ones((2, 80), dtype=np.int64)
+    assert metrics.randomisation_v_measure(labels, twice, renamed, once, resamples=1000) == 1.0
+    assert metrics.randomisation_v_measure(labels, twice, exact, once, resamples=1000) < 0.01
+
+
+def test_an_older_v_measure_is_not_taken_for_this_one() -> None:
+    with pytest.raises(KinvecError, match="of a single clustering; evaluate again"):
+        tasks.statistic("v_measure").value({"label": ["a", "b"], "cluster": [0, 1]})
+
+
+# ---- clustering ----
+
+
+def test_texts_without_training_texts_are_clustered(tmp_path: Path) -> None:
+    data = planted()
+    rows = [{"text": text, "label": f"L{label}"} for text, label in zip(data.texts, data.labels, strict=True)]
+    for name in ("alone.jsonl", "folder/test.jsonl", "both/train.jsonl", "both/test.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows[name == "both/train.jsonl" :]))
+    for source, split, task in (
+        ("alone.jsonl", "test", None), ("folder", "test", None), ("both", "train", None),
+        ("both", "test", "clustering"),
+    ):  # fmt: skip
+        problem = open_problem(tmp_path / source, split=split, task=task)
+        assert problem.kind == "clustering" and isinstance(problem, LabelledData) and not len(problem.training_texts)
+    assert open_problem(tmp_path / "both").kind == "classification"
+    with pytest.raises(KinvecError, match="train.csv beside test.csv, or cluster them"):
+        open_problem(tmp_path / "alone.jsonl", task="classification")
+    with pytest.raises(RecipeError, match="there is no task 'cluster'; there are retrieval, reranking"):
+        open_problem(tmp_path / "alone.jsonl", task="cluster")
+
+
+def test_clusterings_are_compared_text_by_text(tmp_path: Path) -> None:
+    data = replace(planted(), training_texts=[], training_labels=[], kind="clustering")
+    before, after = (tasks.measure(data, Planted(noise)) for noise in (0.9, 0.4))
+    assert (before.kind, list(before.metrics)) == ("clustering", ["v_measure", "silhouette"])
+    assert tasks.load_result(tasks.save_result(before, tmp_path)) == before
+    found = tasks.compare(before, after)
+    assert found.by == "v_measure" and found.metrics[0].low > 0 and found.metrics[0].p < 0.01
+    assert found.wins[0].a["predicted"] in "012" and found.wins[0].b["value"] > found.wins[0].a["value"]
+    with pytest.raises(KinvecError, match="a classifier needs two to learn"):
+        tasks.measure(data, Planted(0.5), ["accuracy"])
 
 
 @pytest.mark.slow

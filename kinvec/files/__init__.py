@@ -11,6 +11,8 @@ from __future__ import annotations
 from kinvec.files.arrow import ArrowStrings, cache_folder
 from kinvec.files.problems import DataError
 from kinvec.files.searches import (
+    TASKS,
+    kind_of_pairs,
     open_pairs,
     open_problem,
     open_retrieval,
@@ -18,6 +20,7 @@ from kinvec.files.searches import (
     read_judgements,
     read_queries,
 )
+from kinvec.files.sources import has_split
 from kinvec.files.table import Table, detect_kind, open_data
 from kinvec.files.writing import (
     content_fingerprint,
@@ -35,6 +38,7 @@ from kinvec.files.writing import (
 )
 
 __all__ = [
+    "TASKS",
     "ArrowStrings",
     "DataError",
     "Table",
@@ -42,6 +46,8 @@ __all__ = [
     "content_fingerprint",
     "detect_kind",
     "exact_key",
+    "has_split",
+    "kind_of_pairs",
     "normalise",
     "open_data",
     "open_pairs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,12 @@ def is_hub_name(source: str) -> bool:
     """`owner/name`, `owner/name:configuration`, or anything after `hub:`; a name with a file's suffix is a file."""
     match = HUB_NAME.fullmatch(source)
     return bool(match) and (source.startswith("hub:") or ("/" in source and not Path(source.split(":")[0]).suffix))
+
+
+def saved_splits(path: Path) -> list[str]:
+    """The splits of a folder that `save_to_disk` wrote; none where it holds a single data set."""
+    names = path / "dataset_dict.json"
+    return list(json.loads(names.read_text("utf-8"))["splits"]) if names.is_file() else []
 
 
 def open_saved(path: Path, split: str) -> Dataset:

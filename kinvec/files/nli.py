@@ -1,6 +1,7 @@
 """Natural language inference as retrieval examples: a premise, what it entails, what it contradicts (hard negatives).
 
-The labelled pairs are spooled to a memory-mapped table first, because those of one premise may stand far apart.
+The labelled pairs of examples are spooled to a memory-mapped table first, because those of one premise may stand far
+apart. Where pairs are asked for, they are scored: 1 for what is entailed, 0 for what is contradicted.
 """
 
 from __future__ import annotations
@@ -84,6 +85,13 @@ def retrieval_rows(key: str, produce: Callable[[Notes], Iterator[Row]], notes: N
                 text_id(premise), premise, [(*h, 1.0) for h in entailed], [(*h, 0.0) for h in contradicted]
             )
             yield *row, table.value("file", at), table.value("line", at)
+
+
+def pair_rows(rows: Callable[[Notes], Iterator[Row]], notes: Notes) -> Iterator[Row]:
+    """premise, hypothesis and 1 for what is entailed, 0 for what is contradicted; neutral pairs are not used."""
+    for premise, hypothesis, label, file, line in rows(notes):
+        if label in (0, 2):
+            yield premise, hypothesis, 1.0 - label / 2, file, line
 
 
 def _hypotheses(table: ArrowTable, rows: list[int], label: int) -> list[tuple[str, str]]:

@@ -36,9 +36,9 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         "label": ("gold_label", "label"),
     },
     "pairs": {
-        "first": ("first", "sentence1", "text1", "sentence_a"),
-        "second": ("second", "sentence2", "text2", "sentence_b"),
-        "score": ("score", "similarity_score", "similarity", "label"),
+        "first": ("first", "sentence1", "text1", "sentence_a", "question1"),
+        "second": ("second", "sentence2", "text2", "sentence_b", "question2"),
+        "score": ("score", "similarity_score", "similarity", "label", "labels", "is_duplicate"),
     },
     "labelled": {
         "text": ("text", "sentence", "headline"),
@@ -119,7 +119,9 @@ def roles_of(
     have = ", ".join(repr(n) for n in names[:12])
     if absent is not None:
         raise KinvecError(f"{name}: there is no column '{absent}'; name those there are in columns: {have}")
-    candidates = {None: tuple(ALIASES), "retrieval": ("retrieval", "nli")}.get(kind, (kind or "",))
+    candidates = {None: tuple(ALIASES), "retrieval": ("retrieval", "nli"), "pairs": ("nli", "pairs")}.get(
+        kind, (kind or "",)
+    )
     for candidate in candidates:
         roles = {
             role: given.get(role) or next((part,) for part in aliases if part in names)
@@ -148,10 +150,11 @@ def _nearest(names: list[str]) -> str:
 
 
 def _is_nli(sample: list[dict[str, Any]], roles: Mapping[str, tuple[str, ...]]) -> bool:
-    label = roles["label"][0]
-    return roles["premise"] == ("premise",) or any(
-        record.get(label) in ("entailment", "contradiction") for record in sample
-    )
+    """Whether the labels are the three of inference; entailment or not is one of two, as other pairs have them."""
+    labels = {str(record.get(roles["label"][0])) for record in sample}
+    if "not_entailment" in labels:
+        return False
+    return roles["premise"] == ("premise",) or bool(labels & {"entailment", "contradiction"})
 
 
 def _by_shape(name: str, sample: list[dict[str, Any]], kind: str | None) -> dict[str, tuple[str, ...]]:

@@ -77,9 +77,17 @@ def texts_row(record: Mapping[str, Any], columns: Columns) -> Row:
     return (text_of(record, columns, "text"),)
 
 
+SAME = ("duplicate", "equivalent", "paraphrase", "entailment")
+PAIR_LABELS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
+PAIR_LABELS |= dict.fromkeys(SAME, 1.0) | {f"not_{word}": 0.0 for word in SAME}
+
+
 def pairs_row(record: Mapping[str, Any], columns: Columns) -> Row:
-    """first, second, score."""
-    score = number_of(_cell(record, _name(columns, "score")), _name(columns, "score"))
+    """first, second, score; a label of two, such as true and false or duplicate and not_duplicate, is 1 or 0."""
+    name = _name(columns, "score")
+    value = _cell(record, name)
+    word = str(value).strip().lower() if isinstance(value, str | bool) else ""
+    score = PAIR_LABELS[word] if word in PAIR_LABELS else number_of(value, name)
     return text_of(record, columns, "first"), text_of(record, columns, "second"), score
 
 

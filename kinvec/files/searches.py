@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kinvec.contracts import Corpus, KinvecError, LabelledData, PairData, Problem, Qrels, RetrievalData
+from kinvec.contracts import Corpus, KinvecError, LabelledData, PairData, Problem, Qrels, RecipeError, RetrievalData
 from kinvec.files import beir
 from kinvec.files.arrow import ArrowStrings, cached_table, fingerprint_of
 from kinvec.files.forms import Form, form_of, records_of
 from kinvec.files.problems import BadValue, DataError, Notes
 from kinvec.files.roles import ALIASES, KNOWN_COLUMNS, NEEDED, sample_of
 from kinvec.files.rows import Row, as_list, checked_text, ids_of, number_of
-from kinvec.files.sources import existing
+from kinvec.files.sources import existing, has_split
 from kinvec.files.table import Table, detect_kind, open_data
 from kinvec.files.writing import text_id
 
 
 def open_retrieval(
-    source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None
+    source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None, kind: str | None = None
 ) -> RetrievalData:
-    """A search problem: a BEIR folder's, or that of retrieval examples (any form, SQuAD too).
+    """A search problem: a BEIR folder's, or that of retrieval examples (any form, SQuAD too); or a reranking of them.
 
     The distinct documents of examples, positives and negatives, are the corpus; negatives are judged 0, positives with
     their score if it is a whole number, else 1. Raises `DataError` where one id has two texts, or a judged query of a
@@ -30,16 +30,17 @@ def open_retrieval(
     """
     path = Path(source).expanduser()
     if path.is_dir() and beir.is_beir(path):
-        return _open_beir(path, split)
+        return _open_beir(path, split, kind or "retrieval")
     table = open_data(source, split=split, kind="retrieval", columns=columns)
     queries, qrels = _judged(table)
     key = fingerprint_of(table.fingerprint, "corpus")
     corpus = cached_table(key, beir.DOCUMENTS, lambda notes: _distinct_documents(table, notes), Notes(), table.source)
     texts = Corpus(ArrowStrings(corpus, "id"), ArrowStrings(corpus, "text"))
-    return RetrievalData(texts, queries, qrels, table.fingerprint, name=path.stem, split=split)
+    kind = kind or "retrieval"
+    return RetrievalData(texts, queries, qrels, table.fingerprint, name=path.stem, split=split, kind=kind)
 
 
-def _open_beir(folder: Path, split: str) -> RetrievalData:
+def _open_beir(folder: Path, split: str, kind: str) -> RetrievalData:
     notes = Notes(strict=True)
     path = beir.qrels_path(folder, split)
     judgements = beir.read_qrels(path, str(path), notes)
@@ -53,7 +54,7 @@ def _open_beir(folder: Path, split: str) -> RetrievalData:
     corpus = beir.documents(folder / "corpus.jsonl", notes)
     texts = Corpus(ArrowStrings(corpus, "id"), ArrowStrings(corpus, "text"))
     fingerprint = beir.beir_fingerprint(folder, split)
-    return RetrievalData(texts, queries, qrels, fingerprint, name=folder.resolve().name, split=split)
+    return RetrievalData(texts, queries, qrels, fingerprint, name=folder.resolve().name, split=split, kind=kind)
 
 
 def _judged(table: Table) -> tuple[dict[str, str], Qrels]:
@@ -96,46 +97,76 @@ def _rows(table: Table, columns: list[str]) -> Iterator[tuple[Any, ...]]:
         yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 
 
-def open_pairs(source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None) -> PairData:
-    """Scored pairs of texts (semantic textual similarity); `split` picks the part of a folder or hub data set."""
+def open_pairs(
+    source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None, kind: str | None = None
+) -> PairData:
+    """Scored pairs of texts; `split` picks the part of a folder or hub data set.
+
+    Pairs whose scores are 0 and 1 are a pair classification, others a similarity, unless `kind` says which.
+    """
     table = open_data(source, split=split, kind="pairs", columns=columns)
     first, second = (ArrowStrings(table.arrow, name) for name in ("first", "second"))
     scores = [score for batch in table.batches(["score"]) for score in batch.column(0).to_pylist()]
-    return PairData(first, second, scores, table.fingerprint, name=Path(source).stem, split=split)
+    kind = kind or kind_of_pairs(scores)
+    return PairData(first, second, scores, table.fingerprint, name=Path(source).stem, split=split, kind=kind)
 
 
-def open_labelled(source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None) -> LabelledData:
+def kind_of_pairs(scores: Iterable[float]) -> str:
+    """How pairs of these scores are measured."""
+    return "pair-classification" if set(scores) == {0.0, 1.0} else "similarity"
+
+
+def open_labelled(
+    source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None, kind: str | None = None
+) -> LabelledData:
     """Labelled texts, and those of the split `train` beside them for classifiers to learn from.
 
-    Raises `KinvecError` where there is no such split, or it is the one to be judged.
+    Where there is no such split, or it is the one to be judged, the texts are clustered. Raises `KinvecError` there if
+    `kind` is classification.
     """
     table = open_data(source, split=split, kind="labelled", columns=columns)
-    remedy = "give a folder or data set with a train split, such as train.csv beside test.csv"
-    if split == "train" or Path(source).expanduser().is_file():
-        raise KinvecError(f"{source}: labelled texts are judged by classifiers that learn from others; {remedy}")
-    training = open_data(source, split="train", kind="labelled", columns=columns)
-    if training.fingerprint == table.fingerprint:
-        raise KinvecError(f"{source}: the training texts are the ones to be judged; {remedy}")
+    texts, labels = (ArrowStrings(table.arrow, name) for name in ("text", "label"))
+    name, training = Path(source).stem, None
+    if kind != "clustering" and split != "train" and (has_split(source, "train") or not Path(source).exists()):
+        training = open_data(source, split="train", kind="labelled", columns=columns)
+    if training is None or training.fingerprint == table.fingerprint:
+        if kind == "classification":
+            what = "labelled texts are judged by classifiers that learn from others"
+            remedy = "give a folder or data set with a train split, such as train.csv beside test.csv"
+            raise KinvecError(f"{source}: {what}; {remedy}, or cluster them (--task clustering)")
+        return LabelledData(texts, labels, [], [], table.fingerprint, name=name, split=split, kind="clustering")
     key = fingerprint_of(table.fingerprint, training.fingerprint)
-    texts, training_texts = (ArrowStrings(part.arrow, "text") for part in (table, training))
-    labels, training_labels = (ArrowStrings(part.arrow, "label") for part in (table, training))
-    return LabelledData(texts, labels, training_texts, training_labels, key, name=Path(source).stem, split=split)
+    known, known_labels = (ArrowStrings(training.arrow, name) for name in ("text", "label"))
+    return LabelledData(texts, labels, known, known_labels, key, name=name, split=split)
 
 
 OPENERS: dict[str, Callable[..., Problem]] = {
     "retrieval": open_retrieval, "pairs": open_pairs, "labelled": open_labelled,
 }  # fmt: skip
 
+TASKS = {
+    "retrieval": "retrieval", "reranking": "retrieval", "similarity": "pairs", "pair-classification": "pairs",
+    "classification": "labelled", "clustering": "labelled",
+}  # fmt: skip
+"""What can be measured → the kind of data it is measured on."""
 
-def open_problem(source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None) -> Problem:
-    """What a model can be measured on, whichever kind it is. Raises `KinvecError` for plain texts."""
-    kind = detect_kind(source, split=split)
+
+def open_problem(
+    source: str | Path, *, split: str = "test", columns: Mapping[str, Any] | None = None, task: str | None = None
+) -> Problem:
+    """What a model can be measured on, whichever kind it is, or as the `task` (a key of `TASKS`) wants it.
+
+    Raises `KinvecError` for plain texts, `RecipeError` for an unknown task.
+    """
+    if task is not None and task not in TASKS:
+        raise RecipeError(f"there is no task '{task}'; there are {', '.join(TASKS)}")
+    kind = TASKS[task] if task else detect_kind(source, split=split)
     if kind not in OPENERS:
         raise KinvecError(
             f"{source} holds {kind}, which cannot be scored; give judged queries and documents, scored pairs, or "
             "labelled texts"
         )
-    return OPENERS[kind](source, split=split, columns=columns)
+    return OPENERS[kind](source, split=split, columns=columns, kind=task)
 
 
 def read_queries(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, str]]:

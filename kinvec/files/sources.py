@@ -43,7 +43,7 @@ def plan_of(source: str, split: str, kind: str | None, columns: Mapping[str, Any
             return _dataset_plan(hub.open_hub(source, split), source, kind, columns)
         raise KinvecError(absent(source))
     if parts := nli.part_paths(path, split):
-        return _nli_plan(parts, source)
+        return _nli_plan(parts, source, kind)
     if path.is_file():
         return _files_plan([path], source, kind, columns)
     if beir.is_beir(path):
@@ -93,6 +93,21 @@ def split_files(folder: Path, split: str) -> list[Path]:
     )
 
 
+def has_split(source: str | Path, split: str) -> bool:
+    """Whether a folder has a part of that name; a hub data set is not asked."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return False
+    if beir.is_beir(path):
+        return split in beir.splits(path)
+    if hub.is_saved(path):
+        return split in hub.saved_splits(path)
+    try:
+        return bool(nli.part_paths(path, split) or split_files(path, split))
+    except KinvecError:
+        return False
+
+
 def _beir_plan(folder: Path, source: str, split: str, kind: str | None) -> Plan:
     if kind == "texts":
         corpus = folder / "corpus.jsonl"
@@ -105,14 +120,19 @@ def _beir_plan(folder: Path, source: str, split: str, kind: str | None) -> Plan:
     return Plan("retrieval", key, files, lambda notes: beir.training_rows(folder, split, notes))
 
 
-def _nli_plan(parts: list[Path], source: str) -> Plan:
+def _nli_plan(parts: list[Path], source: str, kind: str | None) -> Plan:
     names = [str(part) for part in parts]
     key = fingerprint_of("nli", *map(content_fingerprint, parts))
 
-    def produce(notes: Notes) -> Iterator[Row]:
-        return nli.retrieval_rows(key, lambda inner: nli.line_pairs(parts, names, inner), notes, source)
+    return _plan_of_nli(lambda notes: nli.line_pairs(parts, names, notes), key, (names[0],), source, kind)
 
-    return Plan("retrieval", key, (names[0],), produce)
+
+def _plan_of_nli(
+    rows: Callable[[Notes], Iterator[Row]], key: str, files: tuple[str, ...], source: str, kind: str | None
+) -> Plan:
+    if kind == "pairs":
+        return Plan("pairs", fingerprint_of(key, kind), files, lambda notes: nli.pair_rows(rows, notes))
+    return Plan("retrieval", key, files, lambda notes: nli.retrieval_rows(key, rows, notes, source))
 
 
 def _dataset_plan(dataset: Any, source: str, kind: str | None, columns: Mapping[str, Any] | None) -> Plan:
@@ -125,7 +145,7 @@ def _dataset_plan(dataset: Any, source: str, kind: str | None, columns: Mapping[
         raise DataError("empty", source, 0, "there is no row in it", "give it at least one")
     layout = Layout(Form("dataset"), *roles_of(sample, source, kind, checked_columns(columns)))
     key = fingerprint_of(hub.dataset_fingerprint(dataset), layout.options())
-    return _plan_of_records(layout, key, [(source, lambda notes: hub.dataset_records(dataset))], source)
+    return _plan_of_records(layout, key, [(source, lambda notes: hub.dataset_records(dataset))], source, kind)
 
 
 def _files_plan(paths: list[Path], source: str, kind: str | None, columns: Mapping[str, Any] | None) -> Plan:
@@ -137,12 +157,13 @@ def _files_plan(paths: list[Path], source: str, kind: str | None, columns: Mappi
     def reader(path: Path, name: str) -> Callable[[Notes], Iterator[Record]]:
         return lambda notes: records_of(path, name, layout.form, notes, wanted)
 
-    return _plan_of_records(layout, key, [(n, reader(p, n)) for p, n in zip(paths, names, strict=True)], source)
+    return _plan_of_records(layout, key, [(n, reader(p, n)) for p, n in zip(paths, names, strict=True)], source, kind)
 
 
 def _plan_of_records(
-    layout: Layout, key: str, readers: list[tuple[str, Callable[[Notes], Iterator[Record]]]], source: str
-) -> Plan:
+    layout: Layout, key: str, readers: list[tuple[str, Callable[[Notes], Iterator[Record]]]], source: str,
+    kind: str | None,
+) -> Plan:  # fmt: skip
     build = nli.nli_row if layout.kind == "nli" else ROWS[layout.kind]
 
     def rows(notes: Notes) -> Iterator[Row]:
@@ -154,5 +175,5 @@ def _plan_of_records(
 
     files = tuple(name for name, _ in readers)
     if layout.kind == "nli":
-        return Plan("retrieval", key, files, lambda notes: nli.retrieval_rows(key, rows, notes, source))
+        return _plan_of_nli(rows, key, files, source, kind)
     return Plan(layout.kind, key, files, rows)

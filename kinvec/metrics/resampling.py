@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-DRAWS_AT_A_TIME = 2_000_000  # numbers in one chunk of resamples: 16 MB of float64
+DRAWS_AT_A_TIME = 500_000  # numbers in one chunk of resamples: 4 MB, what a processor keeps at hand
 
 
 def mean(values: Sequence[float] | Float[np.ndarray, " n"]) -> float:

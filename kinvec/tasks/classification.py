@@ -1,12 +1,14 @@
 """Labelled texts: how well classifiers, neighbours and clusters over the embeddings recover the labels.
 
 Classifiers learn from the training texts of the data and are judged on its test texts; the model itself is not touched.
+Clusters need no training texts.
 Vectors are scaled to length 1. Every draw has its own seed, so the same vectors give the same figures.
 Shapes: n = test texts, m = training texts, d = dimensions.
 """
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,22 +17,24 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, Shaped
-from sklearn.cluster import KMeans
+from scipy.stats import mode
+from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_samples
 from sklearn.neighbors import KNeighborsClassifier
 
-from kinvec import metrics
 from kinvec.contracts import Encoder, KinvecError, LabelledData, RecipeError, Result
 from kinvec.tasks import picture
 from kinvec.tasks.evaluation import describe, unit_vectors
 from kinvec.tasks.rankings import SNIPPET, timed
+from kinvec.tasks.statistics import statistic
 
 SEED = 42
 DRAWS, TEXTS_A_LABEL = 10, 8  # of the few-shot protocol of MTEB (Muennighoff et al. 2023)
 NEIGHBOURS = 5
 ITERATIONS = 100  # of logistic regression, as in MTEB
+SAMPLES, SAMPLE_TEXTS, BATCH = 10, 16_384, 512  # of its protocol of clustering
 
 Columns = dict[str, list[Any]]
 
@@ -47,16 +51,17 @@ class Space:
 
 
 def classification(data: LabelledData, encoder: Encoder, measures: Sequence[str] = ()) -> Result:
-    """How well the labels are recovered, by `measures` (the keys of `LABELLED`, all unless named); text by text.
+    """How well the labels are recovered, by `measures` (keys of `LABELLED`); text by text.
 
-    With all measures, up to 1,000 texts have places in the plane as well (`pca_x`, `pca_y`, `tsne_x` …), for a picture.
-    All texts are encoded as queries, as for similarity. Raises `KinvecError` for data without two labels or without
-    training texts, `RecipeError` for an unknown measure.
+    Unless some are named, all, or `CLUSTERING` for data of that kind.
+    Then up to 1,000 texts have places in the plane as well (`pca_x`, `pca_y`, `tsne_x` …), for a picture. All texts are
+    encoded as queries, as for similarity. Raises `KinvecError` for data without two labels, or without training texts
+    where a classifier is to learn, `RecipeError` for an unknown measure.
     """
-    _check(data)
-    names = tuple(measures) or tuple(LABELLED)
+    names = tuple(measures) or (CLUSTERING if data.kind == "clustering" else tuple(LABELLED))
     if unknown := next((name for name in names if name not in LABELLED), None):
         raise RecipeError(f"unknown measure '{unknown}' of labelled texts; there are {', '.join(LABELLED)}")
+    _check(data, names)
     seconds: dict[str, float] = {}
     n = len(data.texts)
     with timed(seconds, "encode"):
@@ -70,23 +75,22 @@ def classification(data: LabelledData, encoder: Encoder, measures: Sequence[str]
         warnings.simplefilter("ignore", ConvergenceWarning)
         for name in names:
             columns |= LABELLED[name](space)
-            whole = name in WHOLE_SET
-            values[name] = WHOLE_SET[name](columns) if whole else metrics.mean(columns[name])
+            values[name] = statistic(name).value(columns)
     if not measures:
         with timed(seconds, "picture"):
             shown = picture.spread(n, picture.PICTURED)
             columns |= picture.columns(picture.places(space.vectors[shown], ["pca", "tsne"]), shown.tolist(), n)
-    result = Result(data.name or "labels", "classification", data.split, "", values, columns, data.fingerprint)
+    result = Result(data.name or "labels", data.kind, data.split, "", values, columns, data.fingerprint)
     describe(result, encoder)
     result.timing = seconds
     return result
 
 
-def _check(data: LabelledData) -> None:
+def _check(data: LabelledData, names: Sequence[str]) -> None:
     where = data.name or "the data"
     if len(set(data.labels)) < 2:
         raise KinvecError(f"{where}: the texts to be judged have fewer than two labels; there is nothing to tell apart")
-    if len(set(data.training_labels)) < 2:
+    if len(set(data.training_labels)) < 2 and any(name in NEED_TRAINING for name in names):
         raise KinvecError(f"{where}: the training texts have fewer than two labels; a classifier needs two to learn")
 
 
@@ -161,17 +165,33 @@ def silhouette(space: Space) -> Columns:
 
 
 def clusters(space: Space) -> Columns:
-    """The cluster of each text by k-means (10 starts), as many clusters as there are labels."""
-    count = len(set(space.labels.tolist()))
-    return {"cluster": KMeans(count, n_init=10, random_state=SEED).fit_predict(space.vectors).tolist()}
+    """MTEB's protocol (Enevoldsen et al. 2025): k-means of ten samples of 16,384 texts, drawn with replacement.
+
+    As many clusters as there are labels, in batches of 512 (Sculley 2010). For each text its cluster in each sample,
+    how often it was drawn (where it was not, its cluster says nothing), and the most frequent label where it is.
+    """
+    n, drawing = len(space.labels), random.Random(SEED)
+    names, labels = np.unique(space.labels, return_inverse=True)
+    found, draws = (np.zeros((SAMPLES, n), dtype=np.int64) for _ in range(2))
+    told = np.zeros((SAMPLES, n), dtype=np.int64)
+    fitted = MiniBatchKMeans(len(names), batch_size=BATCH, n_init=1, random_state=SEED)
+    for sample in range(SAMPLES):
+        chosen = np.array(drawing.choices(range(n), k=SAMPLE_TEXTS))
+        found[sample, chosen] = fitted.fit_predict(space.vectors[chosen])
+        draws[sample] = np.bincount(chosen, minlength=n)
+        table = np.zeros((len(names), len(names)))
+        np.add.at(table, (labels, found[sample]), draws[sample])
+        told[sample] = table.argmax(axis=0)[found[sample]]
+    often = names[mode(told, axis=0).mode]
+    return {"clusters": found.T.tolist(), "draws": draws.T.tolist(), "cluster_label": often.tolist()}
 
 
 LABELLED: dict[str, Callable[[Space], Columns]] = {
     "accuracy": few_shot, "accuracy_lr": regression, "accuracy_knn": neighbours, "silhouette": silhouette,
     "v_measure": clusters,
 }  # fmt: skip
-"""Measure → the columns it makes, one of its own name with a value a text, or what a statistic of `WHOLE_SET` needs."""
+"""Measure → the columns it makes, one of its own name with a value a text, or what a statistic of all rows needs."""
 
-WHOLE_SET: dict[str, Callable[[Columns], float]] = {
-    "v_measure": lambda columns: metrics.v_measure(np.array(columns["label"]), np.array(columns["cluster"]))
-}
+NEED_TRAINING = ("accuracy", "accuracy_lr", "accuracy_knn")
+CLUSTERING = ("v_measure", "silhouette")
+"""What is measured where nothing is to be learnt from."""

@@ -179,12 +179,18 @@ def _pair_side(rows: Rows, i: int, value: float) -> dict[str, Any]:
 
 
 def _label_side(rows: Rows, i: int, value: float) -> dict[str, Any]:
-    told = ("label", "predicted", "nearest", "nearest_label")
-    return {"value": float(value)} | {name: rows[name][i] if name in rows else None for name in told}
+    names = ("label", "predicted", "nearest", "nearest_label")
+    told = {name: rows[name][i] if name in rows else None for name in names}
+    if told["predicted"] is None and "cluster_label" in rows:
+        told["predicted"] = rows["cluster_label"][i]
+    return {"value": float(value)} | told
 
 
-SIDES = {"similarity": _pair_side, "classification": _label_side}
-UNITS = {"similarity": "pairs", "classification": "texts"}
+SIDES = {
+    "similarity": _pair_side, "pair-classification": _pair_side,
+    "classification": _label_side, "clustering": _label_side,
+}  # fmt: skip
+UNITS = {"similarity": "pairs", "pair-classification": "pairs", "classification": "texts", "clustering": "texts"}
 
 
 def unit_of(kind: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64
 
 from kinvec import metrics
-from kinvec.contracts import Encoder, KinvecError, PairData, Result, RetrievalData
+from kinvec.contracts import Encoder, KinvecError, PairData, RecipeError, Result, RetrievalData
 from kinvec.tasks.lexical import bm25
 from kinvec.tasks.picture import SearchPicture
 from kinvec.tasks.rankings import MEASURES, check_problem, from_rankings, search_depth, timed, versions
@@ -112,11 +112,14 @@ def _rows_of(wanted: Iterable[str], ids: Sequence[str], what: str) -> Int64[np.n
     return np.array(rows, dtype=np.int64)
 
 
-def similarity(data: PairData, encoder: Encoder) -> Result:
+def similarity(data: PairData, encoder: Encoder, measures: Sequence[str] = ()) -> Result:
     """Spearman's and Pearson's correlation of the pairs' cosines with their scores; every pair's cosine is kept.
 
-    Both sides are encoded as queries: with prompts, that is what a symmetric task uses (E5, BGE).
+    Both sides are encoded as queries: with prompts, that is what a symmetric task uses (E5, BGE). Raises `RecipeError`
+    where measures are named: there are no others.
     """
+    if measures:
+        raise RecipeError("scored pairs are measured by Spearman and Pearson; leave out the measures")
     if not len(data.scores):
         raise KinvecError(f"{data.name}: there are no pairs to score; give rows of two texts and a score")
     seconds: dict[str, float] = {}

@@ -1,19 +1,21 @@
 """A metric's name → its interval, the paired test of two results, and what each query or text adds to it.
 
-Most metrics are means over queries; those in `WHOLE_SET` (correlations, v-measure) are recomputed on every resample.
+Most metrics are means over queries; those in `WHOLE_SET` (correlations, pair classification, v-measure) are recomputed
+on every resample.
 Shapes: n = queries, pairs or texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64, Int64
 from scipy.stats import rankdata
 
 from kinvec import metrics
+from kinvec.contracts import KinvecError
 
 Rows = Mapping[str, list[Any] | np.ndarray]
 
@@ -75,24 +77,70 @@ def _correlation(name: str) -> Statistic:
     return Statistic(value, each, interval, difference)
 
 
-def _clusters() -> Statistic:
+def labels_of(rows: Rows) -> Bool[np.ndarray, " n"]:
+    """Which pairs belong together."""
+    return np.asarray(rows["score"], np.float64) > 0.5
+
+
+def _told_apart(name: str, columns: Sequence[str]) -> Statistic:
+    def scores(rows: Rows) -> Float64[np.ndarray, "s n"]:
+        return np.array([rows[column] for column in columns], np.float64)
+
     def value(rows: Rows) -> float:
-        return metrics.v_measure(np.array(rows["label"]), np.array(rows["cluster"]))
+        return metrics.told_apart(name, labels_of(rows), scores(rows))
 
     def each(rows: Rows) -> Float64[np.ndarray, " n"]:
-        return metrics.cluster_purity(np.array(rows["label"]), np.array(rows["cluster"]))
+        """Whether the pair is on the right side of the threshold; of average precision the share of pairs it is."""
+        labels, first = labels_of(rows), scores(rows)[0]
+        if name == "ap":
+            return metrics.right_side(labels, first)
+        return ((first >= metrics.best_threshold(name, labels, first)) == labels).astype(np.float64)
 
     def interval(rows: Rows) -> tuple[float, float]:
-        return metrics.bootstrap_v_measure(np.array(rows["label"]), None, np.array(rows["cluster"]))
+        return metrics.bootstrap_told_apart(name, labels_of(rows), None, scores(rows))
 
     def difference(a: Rows, b: Rows, seed: int) -> tuple[tuple[float, float], float]:
-        labels, x, y = (np.array(column) for column in (a["label"], a["cluster"], b["cluster"]))
-        found = metrics.bootstrap_v_measure(labels, x, y, seed)
-        return found, metrics.randomisation_v_measure(labels, x, y, seed)
+        labels, x, y = labels_of(a), scores(a), scores(b)
+        found = metrics.bootstrap_told_apart(name, labels, x, y, seed)
+        return found, metrics.randomisation_told_apart(name, labels, x, y, seed)
 
     return Statistic(value, each, interval, difference)
 
 
-WHOLE_SET: dict[str, Statistic] = {name: _correlation(name) for name in metrics.CORRELATIONS} | {
-    "v_measure": _clusters()
-}
+def _clusters() -> Statistic:
+    def columns(rows: Rows) -> tuple[np.ndarray, Int64[np.ndarray, "e n"], Int64[np.ndarray, "e n"]]:
+        if "clusters" not in rows:
+            raise KinvecError("this v_measure is an older version's, of a single clustering; evaluate again")
+        clusters, draws = (np.array([*rows[name]], np.int64).T for name in ("clusters", "draws"))
+        return np.array(rows["label"]), clusters, draws
+
+    def value(rows: Rows) -> float:
+        return metrics.v_measure(*columns(rows))
+
+    def each(rows: Rows) -> Float64[np.ndarray, " n"]:
+        return metrics.cluster_purity(*columns(rows))
+
+    def interval(rows: Rows) -> tuple[float, float]:
+        labels, clusters, draws = columns(rows)
+        return metrics.bootstrap_v_measure(labels, None, clusters, draws)
+
+    def difference(a: Rows, b: Rows, seed: int) -> tuple[tuple[float, float], float]:
+        (labels, x, draws), (_, y, _) = columns(a), columns(b)
+        found = metrics.bootstrap_v_measure(labels, x, y, draws, seed)
+        return found, metrics.randomisation_v_measure(labels, x, y, draws, seed)
+
+    return Statistic(value, each, interval, difference)
+
+
+TOLD_APART: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ap_cosine": ("ap", ("cosine",)), "accuracy_cosine": ("accuracy", ("cosine",)), "f1_cosine": ("f1", ("cosine",)),
+    "ap_dot": ("ap", ("dot",)), "ap_euclidean": ("ap", ("euclidean",)), "ap_manhattan": ("ap", ("manhattan",)),
+    "ap_max": ("ap", ("cosine", "dot", "euclidean", "manhattan")),
+}  # fmt: skip
+"""Measure of pair classification → what of `metrics.told_apart` it is, and by which columns of similarities."""
+
+WHOLE_SET: dict[str, Statistic] = (
+    {name: _correlation(name) for name in metrics.CORRELATIONS}
+    | {name: _told_apart(*what) for name, what in TOLD_APART.items()}
+    | {"v_measure": _clusters()}
+)
