@@ -30,7 +30,7 @@ vectors = model.encode_query(["a question"]), model.encode_document(["a document
 ```
 
 {prompts}## Results
-{results}
+{results}{guard}
 ## Lineage
 {lineage}
 """
@@ -48,6 +48,7 @@ def write_card(folder: Path, recipe: Recipe, summary: Mapping[str, Any], embedde
         pooling=" + ".join(embedder.pooling),
         prompts=f"Prompts, put before every text:\n\n{prompts}\n" if prompts else "",
         results=_results(summary),
+        guard=f"\nThe forgetting guard: {summary['guard']['said']}.\n" if "guard" in summary else "",
         lineage="\n".join(_stage(stage) for stage in embedder.lineage),
     )
     write_text(folder / "README.md", text)
@@ -74,4 +75,5 @@ def _results(summary: Mapping[str, Any]) -> str:
 def _stage(stage: Mapping[str, Any]) -> str:
     metrics = ", ".join(f"{key} {value}" for key, value in stage["metrics"].items() if value is not None)
     made = f"{stage['stage']}. {stage['objective']} from `{stage['base']}`, seed {stage['seed']}"
-    return f"{made}, data {stage['data'][:12]}: {metrics}"
+    mixed = f"; {stage['share']:g} of the tuned weights, the rest the base's" if "share" in stage else ""
+    return f"{made}, data {stage['data'][:12]}: {metrics}{mixed}"

@@ -26,9 +26,11 @@ from kinvec.contracts import KinvecError, RecipeError, RetrievalData
 from kinvec.embedder import Embedder, add_language_head, configure, open_folder, unrounded, with_prompts
 from kinvec.files import content_fingerprint, replace_folder, sweep, write_json, write_text
 from kinvec.folder import save_adapter
+from kinvec.kinds import KINDS
+from kinvec.merging import check_metrics, keep_guards
 from kinvec.pooling import Normalize
 from kinvec.recipe import Recipe
-from kinvec.run_data import OpenSet, RunData, describe, mixture, open_run_data
+from kinvec.run_data import OpenSet, RunData, describe, measured, mixture, open_run_data
 from kinvec.trainer import fit
 from kinvec.validation import Listener, validation
 
@@ -52,14 +54,27 @@ def run(recipe: Recipe, force: bool = False) -> dict[str, Any]:
         say(f"warning: {warning}")
     if recipe.evaluate:
         evaluate_into(folder / "results" / "base", embedder, data)
+    check_metrics(data.guards, folder / "results" / "base")
     trained = _train(recipe, folder, embedder, data)
     embedder.name = str(folder / "model")
     if recipe.evaluate:
         evaluate_into(folder / "results" / "tuned", embedder, data)
-    summary = _finish(recipe, folder, embedder, data, trained)
-    if recipe.push_to_hub:
+    guard = _guard(recipe, folder, embedder, data) if data.guards else None
+    summary = _finish(recipe, folder, embedder, data, {"training": trained} | ({"guard": guard} if guard else {}))
+    if recipe.push_to_hub and not broken(summary):
         push(folder / "model", recipe.push_to_hub)
     return summary
+
+
+def _guard(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData) -> dict[str, Any]:
+    """The verdict of the guards; `embedder` then is what `model/` is: a mixture with the base where one was needed."""
+    choosing = partial(develop, data, recipe.trainer.batch_size)
+    return keep_guards(folder, embedder, recipe.model, data.guards, choosing, partial(evaluate_into, data=data))
+
+
+def broken(summary: Mapping[str, Any]) -> bool:
+    """Whether a run ended with a broken guard."""
+    return summary.get("guard", {}).get("verdict") == "broken"
 
 
 def open_model(recipe: Recipe) -> Embedder:
@@ -121,6 +136,9 @@ def _inputs(data: RunData) -> dict[str, str]:
         if ":" in one.settings.objective.name:
             own["objective"] = content_fingerprint(one.settings.objective.name.rpartition(":")[0])
         found |= {f"{one.name}.{key}" if one.name else key: value for key, value in own.items()}
+    found |= {f"tasks.{task.name}": task.problem.fingerprint for task in data.tasks}
+    for guard in data.guards:
+        found |= {f"guard.{guard.name}": guard.problem.fingerprint, f"guard.{guard.name}.dev": guard.dev.fingerprint}
     return found
 
 
@@ -132,6 +150,9 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     for one in (settings["data"], *settings["data"]["sets"].values()):
         for key in ("train", "dev", "test"):
             one.pop(key)
+    for task in (*settings["tasks"].values(), *settings["guard"].values()):
+        task.pop("data")
+        task.pop("dev", None)
     for key in ("trackers", "memory_budget", "keep", "keep_best"):
         settings["trainer"].pop(key)
     return settings
@@ -197,16 +218,14 @@ def _length_summary(values: list[int], limit: int) -> dict[str, Any]:
 
 
 def evaluate_into(folder: Path, embedder: Embedder, data: RunData) -> None:
-    """Evaluate on the test data of every data set, unless the result is there already."""
-    for one in data.sets:
-        if one.test is None:
-            continue
-        place = folder / (one.test.name or one.table.kind)
+    """Evaluate on all that the run names, but for results that are there already."""
+    for name, problem, measures, prompts in measured(data):
+        place = folder / name
         if (place / "results.json").is_file():
             continue
-        sizes = ", ".join(f"{count:,} {what}" for what, count in one.kind.sizes(one.test).items())
-        say(f"evaluating {folder.name} on {sizes}")
-        tasks.save_result(tasks.measure(one.test, with_prompts(embedder, one.settings.prompts)), place)
+        sizes = ", ".join(f"{count:,} {what}" for what, count in KINDS["texts"].sizes(problem).items())
+        say(f"evaluating {folder.name} on {name}: {sizes}")
+        tasks.save_result(tasks.measure(problem, with_prompts(embedder, prompts), measures), place)
 
 
 def _develop(one: OpenSet, embedder: Embedder, batch_size: int) -> dict[str, float]:
@@ -272,14 +291,14 @@ def _lineage(recipe: Recipe, data: RunData, embedder: Embedder, trained: Mapping
     }
 
 
-def _finish(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData, trained: dict[str, Any]) -> dict[str, Any]:
+def _finish(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData, done: dict[str, Any]) -> dict[str, Any]:
     """Compare, write the card and the page, and the summary last: its presence says that the run is finished."""
     from kinvec.reporting import build_report
 
-    summary: dict[str, Any] = {"out": str(folder), "model": str(folder / "model"), "training": trained, "results": []}
+    summary: dict[str, Any] = {"out": str(folder), "model": str(folder / "model"), **done, "results": []}
     base, tuned = folder / "results" / "base", folder / "results" / "tuned"
-    if recipe.evaluate and any(one.test is not None for one in data.sets):
-        for name in sorted(path.name for path in tuned.iterdir() if path.is_dir()):
+    if recipe.evaluate:
+        for name, *_ in measured(data):
             before, after = tasks.load_result(base / name), tasks.load_result(tuned / name)
             comparison = tasks.compare(before, after)
             summary["results"].append(

@@ -13,34 +13,41 @@ from pydantic import BeforeValidator, Field, model_validator
 from kinvec.backbone import LoraSettings
 from kinvec.config import Settings, load, read_mapping
 from kinvec.contracts import RecipeError
+from kinvec.merging import GuardSettings
 from kinvec.mixing import MixtureSettings, SetSettings
 from kinvec.objectives import ObjectiveSettings
 from kinvec.sampling import DataSettings
+from kinvec.tasks.further import TaskSettings
 from kinvec.trainer import TrainerSettings
 
 
 def spread(data: Any) -> Any:
-    """A list under `data` as the mapping that it stands for: every data set under its `name`, or that of its file.
+    """A list under `data` as the mapping that it stands for: every data set under its `name`, or that of its file."""
+    if isinstance(data, Mapping) and isinstance(data.get("sets"), list):
+        return {**data, **spread(data["sets"])}
+    return {"sets": by_name("data", data, "train")} if isinstance(data, list) else data
+
+
+def by_name(key: str, entries: Any, place: str) -> Any:
+    """A list under a recipe's key as a mapping: every entry under its `name`, or that of the file at its `place`.
 
     Raises `RecipeError` for an entry that is no mapping, and for two of one name.
     """
-    if isinstance(data, Mapping) and isinstance(data.get("sets"), list):
-        return {**data, **spread(data["sets"])}
-    if not isinstance(data, list):
-        return data
-    sets: dict[str, Any] = {}
-    for entry in data:
+    if not isinstance(entries, list):
+        return entries
+    named: dict[str, Any] = {}
+    for entry in entries:
         if not isinstance(entry, Mapping):
             raise RecipeError(
-                f"data: every entry of the list is a mapping, such as 'train: my.jsonl'; '{entry}' is none"
+                f"{key}: every entry of the list is a mapping, such as '{place}: my.jsonl'; '{entry}' is none"
             )
-        name = str(entry.get("name") or Path(str(entry.get("train", ""))).stem)
+        name = str(entry.get("name") or Path(str(entry.get(place, ""))).stem)
         if not re.fullmatch(r"[\w-]+", name):
-            raise RecipeError(f"data: a data set cannot be named '{name}'; give it a name of letters, digits, _ and -")
-        if name in sets:
-            raise RecipeError(f"data: two data sets are named '{name}'; give each a name of its own")
-        sets[name] = {key: value for key, value in entry.items() if key != "name"}
-    return {"sets": sets}
+            raise RecipeError(f"{key}: an entry cannot be named '{name}'; give it a name of letters, digits, _ and -")
+        if name in named:
+            raise RecipeError(f"{key}: two entries are named '{name}'; give each a name of its own")
+        named[name] = {word: value for word, value in entry.items() if word != "name"}
+    return named
 
 
 class Recipe(Settings):
@@ -82,6 +89,10 @@ class Recipe(Settings):
     """The loop."""
     lora: LoraSettings = Field(default_factory=LoraSettings)
     """Adapters."""
+    tasks: dict[str, TaskSettings] = {}
+    """Further tasks."""
+    guard: dict[str, GuardSettings] = {}
+    """The forgetting guard."""
 
     @model_validator(mode="after")
     def _inherit(self) -> Recipe:
@@ -152,9 +163,11 @@ def load_stages(name: str | Path | None, overrides: Sequence[str] = ()) -> list[
 
 
 def _complete(layers: Sequence[Path | Mapping[str, Any]], overrides: Sequence[str]) -> Recipe:
-    recipe = load(Recipe, *map(_with_data_sets, layers), overrides=overrides)
+    recipe = load(Recipe, *map(_with_lists_spread, layers), overrides=overrides)
     if recipe.data.sets:
         _check_sets(recipe)
+    if recipe.guard:
+        _check_guard(recipe)
     for key, value, example in (
         ("model", recipe.model, "model=sentence-transformers/all-MiniLM-L6-v2"),
         ("data.train", recipe.data.train or recipe.data.sets, "data.train=my_pairs.jsonl"),
@@ -165,10 +178,12 @@ def _complete(layers: Sequence[Path | Mapping[str, Any]], overrides: Sequence[st
     return recipe
 
 
-def _with_data_sets(layer: Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    """The layer with a list of data sets spread out, so that later layers and overrides reach into it."""
-    mapping = read_mapping(layer) if isinstance(layer, Path) else layer
-    return {**mapping, "data": spread(mapping["data"])} if mapping.get("data") else mapping
+def _with_lists_spread(layer: Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The layer with lists of data sets and tasks spread out, so that later layers and overrides reach into it."""
+    mapping = dict(read_mapping(layer) if isinstance(layer, Path) else layer)
+    if mapping.get("data"):
+        mapping["data"] = spread(mapping["data"])
+    return mapping | {key: by_name(key, mapping[key], "data") for key in ("tasks", "guard") if mapping.get(key)}
 
 
 def _check_sets(recipe: Recipe) -> None:
@@ -193,6 +208,19 @@ def _check_sets(recipe: Recipe) -> None:
     if mixed and recipe.trainer.batch_size < len(sets):
         raise RecipeError(
             f"trainer.batch_size: {recipe.trainer.batch_size} rows are no mixture of {len(sets)} data sets"
+        )
+
+
+def _check_guard(recipe: Recipe) -> None:
+    """Raises `RecipeError` where a broken guard could not be mended."""
+    name = next(iter(recipe.guard))
+    if not recipe.evaluate or recipe.trainer.eval_every == 0:
+        key = "trainer.eval_every=0" if recipe.evaluate else "evaluate=false"
+        raise RecipeError(f"guard.{name}: nothing is measured with {key}; leave it out, or leave out the guard")
+    if language := {"mlm", "mntp", "clm"} & {entry.objective.name for entry in recipe.sets.values()}:
+        raise RecipeError(
+            f"guard.{name}: {language.pop()} teaches tokens and trains no embeddings yet; put the guard under the "
+            "stage that does"
         )
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from kinvec.contracts import KinvecError, Problem
-from kinvec.files import Table, content_fingerprint, open_data
+from kinvec.contracts import KinvecError, Problem, RecipeError
+from kinvec.files import Table, content_fingerprint, open_data, open_problem
 from kinvec.kinds import CLASSIFIER_TEXTS, DEV_CLASSIFIER_TEXTS, FITTING, KINDS, NEEDS, Kind
+from kinvec.merging import Guard, GuardSettings
 from kinvec.mixing import Mixture, SetSettings, TrainingSet
 from kinvec.objectives import Objective, make_objective
 from kinvec.recipe import Recipe
 from kinvec.sampling import hold_out
+from kinvec.tasks.further import Task, open_named
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,12 @@ class OpenSet:
 
 @dataclass(frozen=True)
 class RunData:
-    """All data sets of a run, and what its user should know of them."""
+    """All data sets of a run, what its user should know of them, and on what else the model is measured."""
 
     sets: Sequence[OpenSet]
     warnings: list[str]
+    tasks: Sequence[Task] = ()
+    guards: Sequence[Guard] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -55,6 +59,8 @@ def open_run_data(recipe: Recipe) -> RunData:
 
     Raises `KinvecError` for data that are wrong, or of another kind than the objective learns from.
     """
+    further = [Task(name, open_named("tasks", name, task), task) for name, task in recipe.tasks.items()]
+    guards = [_open_guard(name, settings) for name, settings in recipe.guard.items()]
     sets = [_open_set(recipe, name, settings) for name, settings in recipe.sets.items()]
     if recipe.data.batches == "mixed" and (other := [one for one in sets if one.table.kind != "retrieval"]):
         raise KinvecError(
@@ -69,7 +75,57 @@ def open_run_data(recipe: Recipe) -> RunData:
                 f"{_prefix(one)}{shared} training queries are also test queries: the gain will look too good "
                 "(see kinvec check)"
             )
-    return RunData([_complete(one) for one in sets], warnings)
+    data = RunData([_complete(one) for one in sets], warnings, further, guards)
+    _check_names(data)
+    if guards and not any(one.dev for one in sets):
+        raise RecipeError(
+            f"guard.{guards[0].name}: if it breaks, dev data choose what is kept, and there are none; name data.dev, "
+            "or hold some out (data.holdout)"
+        )
+    return data
+
+
+def _open_guard(name: str, settings: GuardSettings) -> Guard:
+    """The guard, opened, with other data that choose where there are some: named, or the split `dev` beside.
+
+    Raises as `open_named`, and `RecipeError` where they are of another kind.
+    """
+    problem = open_named("guard", name, settings)
+    beside = settings.split != "dev" and any(kind.beside(settings.data, "dev") for kind in KINDS.values())
+    place = settings.dev or (settings.data if beside else None)
+    if place is None:
+        return Guard(name, problem, settings, problem)
+    dev = replace(open_problem(place, split="dev", columns=settings.columns), name=name)
+    if type(dev) is not type(problem):
+        raise RecipeError(
+            f"guard.{name}.dev: {place} is of another kind than {settings.data}; name data of the same kind"
+        )
+    return Guard(name, problem, settings, dev)
+
+
+def _check_names(data: RunData) -> None:
+    """Raises `RecipeError` where two results would have one name."""
+    taken = [own_name(one) for one in data.sets if one.test is not None]
+    for key, named in (("tasks", data.tasks), ("guard", data.guards)):
+        for task in named:
+            if task.name in taken:
+                raise RecipeError(f"{key}.{task.name}: results of that name are there already; choose another name")
+            taken.append(task.name)
+
+
+def own_name(one: OpenSet) -> str:
+    """What the results on a data set's own test are called."""
+    assert one.test is not None
+    return one.test.name or one.table.kind
+
+
+def measured(data: RunData) -> Iterator[tuple[str, Problem, Sequence[str], Mapping[str, str]]]:
+    """All that base and tuned model are measured on: name, problem, measures (none: the task's own), prompts."""
+    for one in data.sets:
+        if one.test is not None:
+            yield own_name(one), one.test, (), one.settings.prompts
+    for task in (*data.tasks, *data.guards):
+        yield task.name, task.problem, task.settings.measures, task.settings.prompts
 
 
 def mixture(recipe: Recipe, data: RunData, prompts: dict[str, str]) -> Mixture:

@@ -236,7 +236,7 @@ def test_data_sets_that_do_not_go_together_are_refused(tmp_path: Path, overrides
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ("[{train: a/x.jsonl}, {train: b/x.jsonl}]", "two data sets are named 'x'"),
+        ("[{train: a/x.jsonl}, {train: b/x.jsonl}]", "two entries are named 'x'"),
         ("[a.jsonl]", "every entry of the list is a mapping"),
         ("[{train: a.jsonl, name: 'my data'}]", "cannot be named 'my data'"),
         ("[{weight: 2}]", "cannot be named ''"),

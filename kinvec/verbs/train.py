@@ -9,15 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
+from kinvec.contracts import GateError
+
 
 def train(recipe: str | Path | None = None, overrides: Sequence[str] = (), force: bool = False) -> dict[str, Any]:
     """Train as the recipe says (a shipped name, a YAML file, or None for the defaults, with `key=value` overrides).
 
     Returns the run's summary: where everything is, and for every metric base, tuned, difference and interval; of a
-    chain of stages that of the last, with all of them under `stages`.
+    chain of stages that of the last, with all of them under `stages`. With a guard, what became of it is under
+    `guard`, and a chain ends with the stage whose verdict is `broken`.
     """
     from kinvec.console import say
-    from kinvec.pipeline import open_run_data, run
+    from kinvec.pipeline import broken, open_run_data, run
     from kinvec.recipe import load_stages
 
     stages = load_stages(recipe, overrides)
@@ -28,6 +31,8 @@ def train(recipe: str | Path | None = None, overrides: Sequence[str] = (), force
         if len(stages) > 1:
             say(f"stage {number} of {len(stages)}: {stage.objective.name} in {stage.out}")
         summaries.append(run(stage, force=force))
+        if broken(summaries[-1]):
+            break
     return summaries[-1] | ({"stages": summaries} if len(stages) > 1 else {})
 
 
@@ -65,6 +70,8 @@ def command(
         print(json.dumps(summary, indent=2))
     else:
         show(summary)
+    if summary.get("guard", {}).get("verdict") == "broken":
+        raise GateError(summary["guard"]["said"])
 
 
 def _preview(name: str | None, given: Sequence[str]) -> dict[str, Any]:
@@ -96,8 +103,33 @@ def show(summary: dict[str, Any]) -> None:
                 f"{row['difference']:+.4f}", f"{row['low']:+.4f}, {row['high']:+.4f}", f"{row['p']:.4f}",
             )  # fmt: skip
         console.print(table)
+    if "guard" in summary:
+        _show_guard(summary["guard"], console)
     training = summary["training"]
     console.print(
         f"trained {training['steps']} steps in {training['seconds']:.0f} s; best at step {training['best_step']}"
     )
     console.print(f"model   {summary['model']}\nreport  {summary['report']}")
+
+
+def _show_guard(guard: dict[str, Any], console: Any) -> None:
+    """Print what became of the guard: a row a guard, the verdict, and of a mixture what it keeps of the gain."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    mixture = ["model", "drop"] if guard["share"] < 1 else []
+    for column in ("guard", "metric", "base", "tuned", "drop", "tolerated", *mixture):
+        table.add_column(column, justify="left" if column in ("guard", "metric") else "right", no_wrap=True)
+    for name, row in guard["guards"].items():
+        shown = [row["full"], row["model"]] if mixture else [row["full"]]
+        drops = [text for drop in shown for text in (f"{drop['value']:.4f}", f"{-drop['difference']:.4f}")]
+        drops.insert(2, f"{row['tolerance']:g}")
+        table.add_row(name, row["metric"], f"{row['base']:.4f}", *drops)
+    console.print(table)
+    made = f": {guard['share']:g} of the tuned weights, the rest the base's" if mixture else ""
+    console.print(f"guard {guard['verdict']}{made}", highlight=False)
+    for name, kept in guard["retained"].items():
+        if kept["retained"] is not None:
+            interval = f" (95 % interval {kept['low']:.0%} to {kept['high']:.0%})" if kept["low"] is not None else ""
+            gains = f"{kept['model'] - kept['base']:+.4f} of {kept['full'] - kept['base']:+.4f}"
+            console.print(f"{name}: {kept['retained']:.0%} of the gain in {kept['metric']} kept, {gains}{interval}")
