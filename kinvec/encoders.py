@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import numpy as np
@@ -26,6 +26,14 @@ from kinvec.console import progress, say
 from kinvec.contracts import Encoder, KinvecError, RecipeError
 from kinvec.embedder import Embedder, state_fingerprint, with_prompts
 
+
+class LastingEncoder(Encoder, Protocol):
+    """An encoder whose `fingerprint` says whether vectors of another day are still its own."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
 LIBRARY = "st:"  # before the name of a model that sentence-transformers itself is to open
 SERVER = ("http://", "https://")
 SIDES = ("query", "document")
@@ -34,7 +42,7 @@ SIDES = ("query", "document")
 def open_encoder(
     name: str, *, precision: str = "auto", device: str = "auto", prompts: Mapping[str, str] | None = None,
     api_model: str | None = None,
-) -> Encoder:  # fmt: skip
+) -> LastingEncoder:  # fmt: skip
     """The encoder of a name: a model folder, hub name or `pkg:NAME`; `st:` before one; or the address of a server.
 
     `prompts` (by `query` and `document`) take the place of those that the model brings. A server, `https://HOST/v1`,

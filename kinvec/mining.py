@@ -15,6 +15,7 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
+import psutil
 from jaxtyping import Float, Float32, Int64
 from pydantic import Field
 
@@ -23,11 +24,12 @@ from kinvec.console import progress
 from kinvec.contracts import KinvecError, RetrievalData
 from kinvec.files import text_keys
 from kinvec.tasks.lexical import rankings
-from kinvec.topk import pair_scores, top_k
+from kinvec.topk import BEST_BYTES, CANDIDATE_BYTES, CROWD, QUERY_ROWS, pair_scores, top_k
 
 Judge = Callable[[str, Sequence[str]], np.ndarray]
 TEXTS_AT_ONCE = 65_536
 QUERIES_AT_ONCE = 32_768
+BLOCK_BYTES = 256 * 2**20  # what a search holds however many queries there are: a block of documents, its scores
 
 
 class MiningSettings(Settings):
@@ -109,19 +111,37 @@ def known(data: RetrievalData) -> Judged:
     return Judged(positives, [barred(key) for key in asked.tolist()])
 
 
+def deepest_rank(judged: Judged, settings: MiningSettings) -> int:
+    """Ranks that are searched for a query, at most: those looked at, and as many as there may be barred among them."""
+    return settings.skip + settings.depth + max(map(len, judged.barred))
+
+
+def queries_at_once(memory: int, dimension: int, depth: int) -> int:
+    """How many queries are searched for at a time so that this process stays within `memory` bytes.
+
+    Raises `KinvecError` where that is too little.
+    """
+    query = 6 * dimension + depth * (2 * CROWD * CANDIDATE_BYTES + 3 * BEST_BYTES)  # twice: joined when thinned
+    held = psutil.Process().memory_info()
+    free = memory - (held.rss - held.shared) - BLOCK_BYTES
+    if free < query * QUERY_ROWS:
+        least = (memory - free + query * QUERY_ROWS) / 2**30
+        raise KinvecError(f"--memory: {memory / 2**30:.1f} GiB is too little; this search needs {least:.1f} GiB")
+    return min(QUERIES_AT_ONCE, free // query)
+
+
 def mine(
     data: RetrievalData, judged: Judged, queries: Float[np.ndarray, "q d"], shards: Sequence[np.ndarray],
-    settings: MiningSettings, judge: Judge | None = None,
+    settings: MiningSettings, judge: Judge | None = None, at_once: int = QUERIES_AT_ONCE,
 ) -> Iterator[Mined]:  # fmt: skip
     """Negatives of the queries of `data.qrels`, in their order, with vectors of them and of the corpus [_, d].
 
     Every query has a positive. With `judge`, a cross-encoder, the limits are on its scores of candidates and positives;
-    the order stays that of the search. The corpus is read once for every `QUERIES_AT_ONCE` queries; memory grows with
-    neither.
+    the order stays that of the search. The corpus is read once for every `at_once` queries; memory grows with neither.
     """
     texts = [data.queries[query] for query in data.qrels]
-    for start in range(0, len(queries), QUERIES_AT_ONCE):
-        group = range(start, min(start + QUERIES_AT_ONCE, len(queries)))
+    for start in range(0, len(queries), at_once):
+        group = range(start, min(start + at_once, len(queries)))
         vectors = np.ascontiguousarray(queries[group.start : group.stop], dtype=np.float32)
 
         def score(query: int, rows: Sequence[int], vectors: np.ndarray = vectors, first: int = start) -> np.ndarray:
@@ -129,7 +149,7 @@ def mine(
                 return judge(texts[query], [data.corpus.texts[row] for row in rows])
             return _scores(vectors[query - first], rows, shards)
 
-        deepest = settings.skip + settings.depth + max(len(judged.barred[query]) for query in group)
+        deepest = deepest_rank(judged, settings)
         dense = _search(vectors, shards, data.corpus.ids, deepest)
         lexical = np.full((len(group), 0), -1, dtype=np.int64)
         if settings.lexical:

@@ -27,10 +27,11 @@ from torch import Tensor
 from kinvec.contracts import KinvecError
 from kinvec.machine import forget, multiplies_bf16
 
-DOCUMENT_ROWS = 16_384  # b; a block of scores is at most QUERY_ROWS × DOCUMENT_ROWS, 32 MiB in bf16
-QUERY_ROWS = 1024
+DOCUMENT_ROWS = 16_384  # b; a block of scores is at most QUERY_ROWS × DOCUMENT_ROWS, 16 MiB in bf16
+QUERY_ROWS = 512
 PAIR_ROWS = 16_384  # query-document pairs scored in float64 at a time
 CROWD = 4  # candidates of a group are thinned when there are more than this many times k for a query
+CANDIDATE_BYTES, BEST_BYTES = 20, 12  # two rows and a score; a row and a score
 BF16, FP32, TINY = 2.0**-8, float(np.finfo(np.float32).eps), float(np.finfo(np.float32).tiny)  # 2 × rounding errors
 
 Best = tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]

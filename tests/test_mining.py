@@ -18,6 +18,7 @@ from kinvec.auditing import audit
 from kinvec.contracts import Corpus, KinvecError, RecipeError, RetrievalData
 from kinvec.files import normalise, open_data
 from kinvec.mining import Mined, MiningSettings, ceiling, known, mine, take
+from kinvec.verbs.embed import embed
 from kinvec.verbs.mine import mine as mine_verb
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,6 +200,45 @@ def test_what_is_mined_is_training_data(tmp_path: Path, tiny_folder: Path, beir:
         assert (
             table.kind == "retrieval" and len(table) == 20 and table.example(4).negatives == tuple(rows[4]["neg_doc"])
         )
+
+
+def test_vectors_that_are_there_and_little_memory_give_the_same_negatives(
+    tmp_path: Path, tiny_folder: Path, beir: Path
+) -> None:
+    """Whatever the order of the vectors; judged by their own ids, refused where they are of other data."""
+    settings = MiningSettings(negatives=3)
+    mine_verb(tiny_folder, beir, tmp_path / "whole", settings, precision="fp32", memory="64GiB")
+    with pytest.raises(KinvecError, match=r"0\.1 GiB is too little; this search needs \d\.\d GiB"):
+        mine_verb(tiny_folder, beir, tmp_path / "small", settings, precision="fp32", memory="100MiB")
+    embed(
+        tiny_folder, tmp_path / "vectors", queries=beir / "queries.jsonl", docs=beir / "corpus.jsonl", precision="fp32"
+    )
+    lines = (beir / "corpus.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "corpus.jsonl").write_text("".join(reversed(lines)))
+    docs = tmp_path / "other" / "corpus.jsonl"
+    embed(tiny_folder, tmp_path / "reversed", queries=beir / "queries.jsonl", docs=docs, precision="fp32")
+    for name in ("vectors", "reversed"):
+        mine_verb(None, beir, tmp_path / f"of-{name}", settings, embeddings=tmp_path / name)
+        for mined, expected in zip(rows_of(tmp_path / f"of-{name}"), rows_of(tmp_path / "whole"), strict=True):
+            assert mined == expected
+    (tmp_path / "other" / "corpus.jsonl").write_text("".join(lines[:-1]))
+    embed(tiny_folder, tmp_path / "fewer", queries=beir / "queries.jsonl", docs=docs, precision="fp32")
+    with pytest.raises(KinvecError, match="vectors of 59 documents, and the data have 60"):
+        mine_verb(None, beir, tmp_path / "of-fewer", settings, embeddings=tmp_path / "fewer")
+    with pytest.raises(RecipeError, match="either --model NAME or --embeddings FOLDER"):
+        mine_verb(None, beir, tmp_path / "of-none", settings)
+
+
+def test_few_queries_at_a_time_find_what_many_do() -> None:
+    rng = np.random.default_rng(0)
+    data = RetrievalData(
+        Corpus([f"d{i}" for i in range(200)], [f"text {i}" for i in range(200)]),
+        {f"q{i}": f"asked {i}" for i in range(30)}, {f"q{i}": {f"d{i}": 1} for i in range(30)}, "f",
+    )  # fmt: skip
+    queries, documents = (rng.normal(size=(n, 8)).astype(np.float32) for n in (30, 200))
+    found = [list(mine(data, known(data), queries, [documents], MiningSettings(), at_once=n)) for n in (1, 7, 30)]
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_finished_folder_is_left_and_one_of_other_settings_refused(

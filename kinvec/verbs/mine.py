@@ -11,24 +11,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
 
     from kinvec.contracts import RetrievalData
-    from kinvec.embedder import Embedder
+    from kinvec.encoders import LastingEncoder
     from kinvec.mining import MiningSettings
 
 BEGUN, MANIFEST = "mine.json", "manifest.json"  # whose folder it is, from the start; that it is finished
 SAID = "reranker.jsonl"  # what the reranker said so far
+UNIT = 1e-3  # what a coordinate of a vector of length 1 may be off by
+SCALED_ROWS = 65_536  # vectors brought to length 1 at a time
 
 
 def mine(
-    model: str | Path,
+    model: str | Path | None,
     data: str | Path,
     out: str | Path,
     settings: MiningSettings | None = None,
     *,
     split: str = "train",
+    embeddings: str | Path | None = None,
     reranker: str | None = None,
+    memory: str = "2GiB",
     force: bool = False,
     precision: str = "auto",
     device: str = "auto",
@@ -36,33 +42,46 @@ def mine(
 ) -> dict[str, Any]:
     """Mine hard negatives for the judged queries of `data` into the folder `out`; returns the audit.
 
-    `train.jsonl` is training data, `audit.json` says what to think of it, `vectors/` are kept for other settings. The
-    same call continues a folder that was begun and leaves a finished one as it is; `force` starts afresh. Raises
-    `KinvecError` if the data are wrong, or `out` holds other things or was begun with another model, data or settings.
+    `model` is whatever `encoders.open_encoder` opens; None, and `embeddings` are vectors that `kinvec embed` made of
+    the same queries and documents. `train.jsonl` is training data, `audit.json` says what to think of it, `vectors/`
+    are kept for other settings. The same call continues a folder that was begun and leaves a finished one as it is;
+    `force` starts afresh. The process stays within `memory`, however large the corpus; the size of it changes nothing
+    in what is found. Raises `KinvecError` if the data are wrong, `memory` is too little, or `out` holds other things
+    or was begun with another model, data or settings.
     """
     from kinvec import mining
     from kinvec.auditing import audit
     from kinvec.backbone import set_threads
     from kinvec.console import say
-    from kinvec.embedder import Embedder
-    from kinvec.files import open_retrieval, write_json
+    from kinvec.contracts import RecipeError
+    from kinvec.encoders import open_encoder
+    from kinvec.files import content_fingerprint, open_retrieval, write_json
+    from kinvec.planner import parse_bytes
     from kinvec.reranker import open_reranker, remembering
 
-    settings = settings or mining.MiningSettings()
+    if (model is None) == (embeddings is None):
+        raise RecipeError("mine takes either --model NAME or --embeddings FOLDER; give one of them")
+    budget, settings = parse_bytes(memory), settings or mining.MiningSettings()
     set_threads(threads)
     folder, problem = Path(out), _with_positives(open_retrieval(data, split=split))
-    embedder = Embedder.load(model, precision=precision, device=device)
+    encoder = open_encoder(str(model), precision=precision, device=device) if embeddings is None else None
+    searcher = encoder.fingerprint if encoder else content_fingerprint(Path(embeddings or ""))
     judge, judge_is = open_reranker(reranker, precision, device) if reranker else (None, None)
-    begun = _identity(embedder, problem, settings) | {"reranker": judge_is}
+    begun = _identity(searcher, problem, settings) | {"reranker": judge_is}
     if _claim(folder, begun, force):
         say(f"{folder} is finished: the same model, data and settings; --force makes it again")
         return json.loads((folder / "audit.json").read_text("utf-8"))
-    judged = mining.known(problem)
-    vectors = _vectors(folder / "vectors", embedder, problem)
+    if encoder is None:
+        problem, queries, shards = _stored(Path(embeddings or ""), problem, folder / "scaled")
+        judged = mining.known(problem)
+    else:
+        judged = mining.known(problem)  # what is wrong with the data is said before anything is encoded
+        queries, shards = _encoded(folder / "vectors", encoder, problem)
+    at_once = mining.queries_at_once(budget, queries.shape[1], mining.deepest_rank(judged, settings))
     with remembering(judge, folder / SAID) if judge else nullcontext() as asked:
-        found = list(mining.mine(problem, judged, *vectors, settings, asked))
+        found = list(mining.mine(problem, judged, queries, shards, settings, asked, at_once))
     _write_rows(folder / "train.jsonl", problem, found, teacher=judge is not None)
-    told = {"model": str(model), "data": str(data), **audit(problem, found, settings)}
+    told = {"model": str(model or embeddings), "data": str(data), **audit(problem, found, settings)}
     write_json(folder / "audit.json", told)
     write_json(folder / MANIFEST, {**begun, "rows": len(found)})
     return told
@@ -81,10 +100,10 @@ def _with_positives(problem: RetrievalData) -> RetrievalData:
     return replace(problem, qrels=qrels)
 
 
-def _identity(embedder: Embedder, problem: RetrievalData, settings: MiningSettings) -> dict[str, Any]:
-    """All that the mined file depends on."""
+def _identity(searcher: str, problem: RetrievalData, settings: MiningSettings) -> dict[str, Any]:
+    """All that the mined file depends on; `searcher` is the fingerprint of the encoder or of the vectors."""
     return {
-        "kind": "kinvec mined data", "format": 1, "model": embedder.fingerprint, "data": problem.fingerprint,
+        "kind": "kinvec mined data", "format": 1, "model": searcher, "data": problem.fingerprint,
         "settings": settings.model_dump(mode="json"),
     }  # fmt: skip
 
@@ -109,15 +128,15 @@ def _claim(folder: Path, begun: dict[str, Any], force: bool) -> bool:
     return False
 
 
-def _vectors(folder: Path, embedder: Embedder, problem: RetrievalData) -> tuple[Any, list[Any]]:
-    """The model's vectors of the queries and, in shards, of the corpus; kept, and made only once."""
+def _encoded(folder: Path, encoder: LastingEncoder, problem: RetrievalData) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The encoder's vectors of the queries and, in shards, of the corpus; kept, and made only once."""
     import numpy as np
     import torch
 
     from kinvec.files import vectors
     from kinvec.tasks.evaluation import scaling
 
-    scale = scaling(embedder.similarity)
+    scale = scaling(getattr(encoder, "similarity", "cosine"))
 
     def queries() -> Iterator[tuple[str, str]]:
         return ((query, problem.queries[query]) for query in problem.qrels)
@@ -126,15 +145,61 @@ def _vectors(folder: Path, embedder: Embedder, problem: RetrievalData) -> tuple[
         return zip(problem.corpus.ids, problem.corpus.texts, strict=True)
 
     settings = {
-        "model": embedder.fingerprint, "data": problem.fingerprint, "device": embedder.device.type,
+        "model": encoder.fingerprint, "data": problem.fingerprint, "device": str(getattr(encoder, "device", "")),
         "threads": torch.get_num_threads(), "window": vectors.WINDOW,
     }  # fmt: skip
     sides = {
-        "query": (queries, lambda texts: scale(embedder.encode_queries(texts))),
-        "doc": (documents, lambda texts: scale(embedder.encode_documents(texts))),
+        "query": (queries, lambda texts: scale(encoder.encode_queries(texts))),
+        "doc": (documents, lambda texts: scale(encoder.encode_documents(texts))),
     }
     kept = vectors.kept(folder, sides, settings)
     return np.concatenate(kept["query"].shards), kept["doc"].shards
+
+
+def _stored(
+    folder: Path, problem: RetrievalData, out: Path
+) -> tuple[RetrievalData, np.ndarray, list[np.ndarray]]:  # fmt: skip
+    """The problem with its corpus in the order of an embeddings folder, and the vectors of both sides.
+
+    Where they are compared by cosine and are not of length 1, they are brought to it in `out`. Raises `KinvecError`
+    where a query or a document has no vector.
+    """
+    import numpy as np
+
+    from kinvec.contracts import Corpus, KinvecError
+    from kinvec.files import vectors
+    from kinvec.tasks.evaluation import scaling
+
+    asked, kept = vectors.open_vectors(folder, "query"), vectors.open_vectors(folder, "doc")
+    place = {identity: row for row, identity in enumerate(asked.ids)}
+    missing = [query for query in problem.qrels if query not in place]
+    if missing or len(kept.ids) != len(problem.corpus):
+        what = f"query '{missing[0]}' has no vector" if missing else f"has vectors of {len(kept.ids):,} documents"
+        raise KinvecError(f"{folder}: {what}, and the data have {len(problem.corpus):,} documents; embed these data")
+    queries, shards = np.concatenate(asked.shards)[[place[query] for query in problem.qrels]], kept.shards
+    scale = scaling((vectors.read_state(folder) or {}).get("similarity", "dot"))
+    if not np.allclose(scale(queries), queries, atol=UNIT):
+        queries, shards = (
+            scale(queries),
+            [_scaled(shard, scale, out / f"doc-{n}.npy") for n, shard in enumerate(shards)],
+        )
+    if any(a != b for a, b in zip(kept.ids, problem.corpus.ids, strict=True)):
+        texts = dict(zip(problem.corpus.ids, problem.corpus.texts, strict=True))
+        if other := [identity for identity in kept.ids if identity not in texts]:
+            raise KinvecError(f"{folder}: document '{other[0]}' is not in the data; embed these data")
+        problem = replace(problem, corpus=Corpus(kept.ids, [texts[identity] for identity in kept.ids]))
+    return problem, queries, shards
+
+
+def _scaled(shard: np.ndarray, scale: Callable[[np.ndarray], np.ndarray], path: Path) -> np.ndarray:
+    """The shard's rows at their scale, in a file of its own, block by block."""
+    import numpy as np
+
+    path.parent.mkdir(exist_ok=True)
+    made = np.lib.format.open_memmap(path, "w+", np.float32, shard.shape)
+    for start in range(0, len(shard), SCALED_ROWS):
+        made[start : start + SCALED_ROWS] = scale(shard[start : start + SCALED_ROWS])
+    return made
 
 
 def _write_rows(path: Path, problem: RetrievalData, found: list[Any], teacher: bool) -> None:
@@ -159,9 +224,14 @@ def _write_rows(path: Path, problem: RetrievalData, found: list[Any], teacher: b
 
 
 def command(
-    model: Annotated[str, typer.Option(help="The model that searches: a folder, a hub name, or pkg:NAME.")],
     data: Annotated[str, typer.Option(help="Judged queries: a BEIR folder, or a file of retrieval examples.")],
     out: Annotated[Path, typer.Option(help="The folder to write train.jsonl and audit.json into.")],
+    model: Annotated[
+        str | None, typer.Option(help="The model that searches: a folder, a hub name, pkg:NAME, st:NAME.")
+    ] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Instead of a model: what kinvec embed made of these queries and documents.")
+    ] = None,
     split: Annotated[str, typer.Option(help="The split to mine for.")] = "train",
     negatives: Annotated[int, typer.Option(min=1, help="Hard negatives of a query, at most.")] = 4,
     skip: Annotated[int, typer.Option(min=0, help="Ranks left out at the top.")] = 0,
@@ -174,6 +244,9 @@ def command(
     bm25: Annotated[bool, typer.Option("--bm25", help="Candidates of BM25 beside the model's.")] = False,
     reranker: Annotated[str | None, typer.Option(help="A cross-encoder, whose scores the limits are then on.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random draw.")] = 42,
+    memory: Annotated[
+        str, typer.Option(help="What the process may take, such as 2GiB; results are the same.")
+    ] = "2GiB",
     force: Annotated[bool, typer.Option("--force", help="Start afresh, whatever --out was made with.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the audit as JSON.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware has it.")] = "auto",
@@ -193,8 +266,8 @@ def command(
         "highest": highest, "lowest": lowest, "draw": draw, "lexical": bm25, "seed": seed,
     }  # fmt: skip
     told = mine(
-        model, data, out, load(MiningSettings, given), split=split, reranker=reranker, force=force,
-        precision=precision, device=device, threads=threads,
+        model, data, out, load(MiningSettings, given), split=split, embeddings=embeddings,
+        reranker=reranker, memory=memory, force=force, precision=precision, device=device, threads=threads,
     )  # fmt: skip
     if as_json:
         print(json.dumps(told, indent=2, ensure_ascii=False))
