@@ -30,16 +30,17 @@ from kinvec.kinds import KINDS
 from kinvec.merging import check_metrics, keep_guards
 from kinvec.pooling import Normalize
 from kinvec.recipe import Recipe
-from kinvec.run_data import OpenSet, RunData, describe, measured, mixture, open_run_data
+from kinvec.run_data import OpenSet, RunData, describe, measured, mixture, open_run_data, prepared
 from kinvec.trainer import fit
 from kinvec.validation import Listener, validation
 
 RUN_FILE = "run.json"  # its presence says that a folder is a run of ours
 
 
-def run(recipe: Recipe, force: bool = False) -> dict[str, Any]:
+def run(recipe: Recipe, force: bool = False, base: Path | None = None) -> dict[str, Any]:
     """Do the whole run, or what is left of it; returns its summary.
 
+    `base` is a run that differs in its seed alone: its results of the base are taken over instead of made again.
     Raises `KinvecError` or `RecipeError` for bad data, a bad model or a folder that is not this run's, before the
     folder is made.
     """
@@ -53,6 +54,8 @@ def run(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     for warning in data.warnings:
         say(f"warning: {warning}")
     if recipe.evaluate:
+        if base is not None and tasks.same_but_seed(base, folder):
+            _take_over(base / "results" / "base", folder / "results" / "base")
         evaluate_into(folder / "results" / "base", embedder, data)
     check_metrics(data.guards, folder / "results" / "base")
     trained = _train(recipe, folder, embedder, data)
@@ -217,6 +220,15 @@ def _length_summary(values: list[int], limit: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _take_over(results: Path, folder: Path) -> None:
+    """Copy the results that are not there yet."""
+    for place in (path.parent for path in results.glob("*/results.json")):
+        if not (folder / place.name / "results.json").is_file():
+            beside = folder / f".{place.name}.tmp"
+            shutil.rmtree(beside, ignore_errors=True)
+            replace_folder(shutil.copytree(place, beside), folder / place.name)
+
+
 def evaluate_into(folder: Path, embedder: Embedder, data: RunData) -> None:
     """Evaluate on all that the run names, but for results that are there already."""
     for name, problem, measures, prompts in measured(data):
@@ -266,7 +278,7 @@ def _train(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData) -> d
     evaluate = (
         partial(develop, data, recipe.trainer.batch_size) if any(one.dev is not None for one in data.sets) else None
     )
-    source = mixture(recipe, data, embedder.prompts)
+    source = mixture(recipe, prepared(data, embedder), embedder.prompts)
     trained = fit(embedder, source, recipe.trainer, folder, evaluate, recipe.seed)
     with unrounded(embedder):
         if recipe.lora.rank:

@@ -59,6 +59,8 @@ class Recipe(Settings):
     """The run folder."""
     seed: int = 42
     """Seed of the data order, dropout and adapters."""
+    seeds: list[int] = []
+    """Train under each of these instead, in `out/seed-N`, and say how far the gain depends on them: `[1, 2, 3]`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic: bf16 mixed precision, float32, or bf16 where the hardware multiplies it."""
     device: str = "auto"
@@ -160,6 +162,25 @@ def load_stages(name: str | Path | None, overrides: Sequence[str] = ()) -> list[
         place = [f"out={out}/{word}"] if out else []
         recipes.append(_complete(layers, [*every, *before, *place, *own]))
     return recipes
+
+
+def load_seeds(name: str | Path | None, overrides: Sequence[str] = ()) -> tuple[list[list[Recipe]], Path | None]:
+    """The chain of stages for each of the recipe's `seeds`, and the folder of all; the chain alone where it has none.
+
+    Raises as `load_stages`, and for seeds that are no list of two or more different ones of the whole chain.
+    """
+    stages = load_stages(name, overrides)
+    seeds = stages[0].seeds
+    if any(stage.seeds != seeds for stage in stages):
+        raise RecipeError("seeds: they are those of all stages; set them beside `stages`")
+    if not seeds:
+        return [stages], None
+    if len(set(seeds)) < max(2, len(seeds)):
+        raise RecipeError(f"seeds: {seeds} are not two or more different ones; for a single one set seed")
+    in_stages = name is not None and "stages" in read_mapping(_find(str(name)))
+    out = Path(stages[0].out).parent if in_stages else Path(stages[0].out)
+    own = [[f"seed={seed}", "seeds=[]", f"out={out / f'seed-{seed}'}"] for seed in seeds]
+    return [load_stages(name, [*overrides, *these]) for these in own], out
 
 
 def _complete(layers: Sequence[Path | Mapping[str, Any]], overrides: Sequence[str]) -> Recipe:

@@ -13,11 +13,11 @@ from kinvec.tasks.lexical import bm25
 from kinvec.tasks.pair_classification import pair_classification
 from kinvec.tasks.rankings import MEASURES, from_rankings
 from kinvec.tasks.reranking import lexical_reranking, reranking
-from kinvec.tasks.several import Failures, Standing, System, TaskComparison, compare_systems
+from kinvec.tasks.several import Failures, Spread, Standing, System, TaskComparison, compare_systems
 from kinvec.tasks.slices import Slice, read_columns
 from kinvec.tasks.statistics import TOLD_APART, statistic
 from kinvec.tasks.stored import load_result, load_results, refuse_foreign, save_result, summary
-from kinvec.tasks.systems import SEEDS_FILE, letter, systems_by_task
+from kinvec.tasks.systems import SEEDS_FILE, letter, same_but_seed, systems_by_task
 from kinvec.tasks.triplets import TRIPLETS
 
 TASKS: dict[str, Callable[..., Result]] = {
@@ -35,8 +35,9 @@ def measure(data: Problem, encoder: Encoder, measures: Sequence[str] = ()) -> Re
 
 __all__ = [
     "LABELLED", "MEASURES", "SEEDS_FILE", "TASKS", "TOLD_APART", "TRIPLETS", "Change", "Comparison", "Difference",
-    "Failures", "Slice", "Standing", "System", "TaskComparison", "bm25", "cheaper", "classification", "compare",
-    "compare_systems", "from_rankings", "from_vectors", "letter", "lexical_reranking", "load_result", "load_results",
-    "measure", "pair_classification", "read_columns", "refuse_foreign", "reranking", "retrieval", "save_result",
-    "similarity", "small_enough", "statistic", "summary", "systems_by_task", "unit_of", "with_cheaper",
+    "Failures", "Slice", "Spread", "Standing", "System", "TaskComparison", "bm25", "cheaper", "classification",
+    "compare", "compare_systems", "from_rankings", "from_vectors", "letter", "lexical_reranking", "load_result",
+    "load_results", "measure", "pair_classification", "read_columns", "refuse_foreign", "reranking", "retrieval",
+    "same_but_seed", "save_result", "similarity", "small_enough", "statistic", "summary", "systems_by_task",
+    "unit_of", "with_cheaper",
 ]  # fmt: skip

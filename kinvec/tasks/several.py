@@ -52,7 +52,8 @@ class Spread:
     """A metric of one system under several seeds: the value of each, their mean, standard deviation and ends.
 
     `low` and `high` are the 95 % interval of the mean difference to the first system over queries *and* seeds: where
-    the figure would lie with other queries and other training runs. Of a statistic of the whole set there is none.
+    the figure would lie with other queries and other training runs. There is none of a statistic of the whole set, nor
+    where the first system has several seeds, too, but not as many.
     """
 
     metric: str
@@ -153,8 +154,8 @@ def _standing(system: System, names: Sequence[str], own: Runs, base: Runs) -> St
 def _spread(name: str, system: System, own: Runs, base: Runs) -> Spread:
     values = [result.metrics[name] for result in system.results]
     low = high = None
-    if name not in averages.WHOLE_SET and own is not base:
-        change = averages.per_run(name, own) - averages.each(name, base)
+    if name not in averages.WHOLE_SET and own is not base and len(base) in (1, len(own)):
+        change = averages.per_run(name, own) - averages.per_run(name, base)
         low, high = metrics.crossed_interval(change[:, ~np.isnan(change).any(axis=0)])
     deviation = float(np.std(values, ddof=1))
     return Spread(name, values, float(np.mean(values)), deviation, min(values), max(values), low, high)

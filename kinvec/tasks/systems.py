@@ -89,8 +89,7 @@ def open_entries(places: Sequence[Path]) -> list[Entry]:
             entries.append(Entry(str(place), {task: [result] for task, result in load_results(place).items()}))
             continue
         if number == 0:
-            base = _results(runs[0], "base")
-            entries.append(Entry(f"base of {place}", {task: [result] for task, result in base.items()}))
+            entries.append(_base_of(place, runs))
         for run in runs:
             seed, key = _identity(run)
             key = key if len(runs) == 1 else str(place)
@@ -101,6 +100,19 @@ def open_entries(places: Sequence[Path]) -> list[Entry]:
     return entries
 
 
+def _base_of(place: Path, runs: Sequence[Path]) -> Entry:
+    """The base of the runs: one, or one a seed where each started from another (a later stage of a chain)."""
+    bases = [_results(run, "base") for run in runs]
+    values = [{task: result.metrics for task, result in base.items()} for base in bases]
+    entry = Entry(f"base of {place}", {})
+    if all(own == values[0] for own in values):
+        entry.tasks = {task: [result] for task, result in bases[0].items()}
+        return entry
+    for run, base in zip(runs, bases, strict=True):
+        entry.add(base, _identity(run)[0])
+    return entry
+
+
 def runs_of(place: Path) -> list[Path]:
     """The runs that a folder is or holds: itself, or those of a recipe's seeds; none where it is something else."""
     if (place / RUN_FILE).is_file():
@@ -109,6 +121,11 @@ def runs_of(place: Path) -> list[Path]:
         told: dict[str, str] = json.loads((place / SEEDS_FILE).read_text("utf-8"))
         return [place / run for run in told.values()]
     return []
+
+
+def same_but_seed(a: Path, b: Path) -> bool:
+    """Whether two runs have the same settings and inputs, their seeds aside."""
+    return _identity(a)[1] == _identity(b)[1]
 
 
 def _identity(run: Path) -> tuple[int, str]:

@@ -93,7 +93,7 @@ def show(task: TaskComparison) -> None:
         console.print(_pairs(task, letters))
     for place, system in enumerate(task.systems):
         if system.spread:
-            print(f"{letters[system.name]} over its seeds (± standard deviation):")
+            print(f"{letters[system.name]} over its seeds:")
             console.print(_seeds(system, against="A" if place else None))
     for comparison in task.comparisons:
         _show_changes(comparison, letters[comparison.a], letters[comparison.b], what)
@@ -152,10 +152,10 @@ def _pairs(task: TaskComparison, letters: dict[str, str]) -> Table:
 
 
 def _seeds(system: Standing, against: str | None) -> Table:
-    beyond = f"− {against}, 95 % over queries and seeds" if against else ""
-    table = _table("metric", "mean", "±", "least", "most", beyond)
+    beyond = f"− {against}, 95 % for other queries and seeds" if against else ""
+    table = _table("metric", "mean", "least", "most", "deviation", beyond)
     for row in system.spread:
-        told = (f"{value:.4f}" for value in (row.mean, row.deviation, row.least, row.most))
+        told = (f"{value:.4f}" for value in (row.mean, row.least, row.most, row.deviation))
         table.add_row(row.metric, *told, _ends(row.low, row.high))
     return table
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kinvec.contracts import GateError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kinvec.recipe import Recipe
 
 
 def train(recipe: str | Path | None = None, overrides: Sequence[str] = (), force: bool = False) -> dict[str, Any]:
@@ -17,20 +22,33 @@ def train(recipe: str | Path | None = None, overrides: Sequence[str] = (), force
 
     Returns the run's summary: where everything is, and for every metric base, tuned, difference and interval; of a
     chain of stages that of the last, with all of them under `stages`. With a guard, what became of it is under
-    `guard`, and a chain ends with the stage whose verdict is `broken`.
+    `guard`, and a chain ends with the stage whose verdict is `broken`. With `seeds` all of this is under `runs`, and
+    the metrics are means with their spread (`kinvec.seeds`).
     """
-    from kinvec.console import say
-    from kinvec.pipeline import broken, open_run_data, run
-    from kinvec.recipe import load_stages
+    from functools import partial
 
-    stages = load_stages(recipe, overrides)
-    for stage in stages[1:]:  # what is wrong with the last one's data is said before the first one trains
+    from kinvec.pipeline import open_run_data
+    from kinvec.recipe import load_seeds
+    from kinvec.seeds import run_seeds
+
+    chains, out = load_seeds(recipe, overrides)
+    for stage in chains[0][1:]:  # what is wrong with the last one's data is said before the first one trains
         open_run_data(stage)
-    summaries = []
+    if out is None:
+        return _run_chain(chains[0], None, force)
+    return run_seeds(chains, out, partial(_run_chain, force=force))
+
+
+def _run_chain(stages: Sequence[Recipe], base: Path | None, force: bool) -> dict[str, Any]:
+    """One stage after the other; `base` is a run of the first stage under another seed."""
+    from kinvec.console import say
+    from kinvec.pipeline import broken, run
+
+    summaries: list[dict[str, Any]] = []
     for number, stage in enumerate(stages, 1):
         if len(stages) > 1:
             say(f"stage {number} of {len(stages)}: {stage.objective.name} in {stage.out}")
-        summaries.append(run(stage, force=force))
+        summaries.append(run(stage, force=force, base=None if summaries else base))
         if broken(summaries[-1]):
             break
     return summaries[-1] | ({"stages": summaries} if len(stages) > 1 else {})
@@ -70,15 +88,16 @@ def command(
         print(json.dumps(summary, indent=2))
     else:
         show(summary)
-    if summary.get("guard", {}).get("verdict") == "broken":
-        raise GateError(summary["guard"]["said"])
+    for one in summary.get("runs", [summary]):
+        if one.get("guard", {}).get("verdict") == "broken":
+            raise GateError(one["guard"]["said"])
 
 
 def _preview(name: str | None, given: Sequence[str]) -> dict[str, Any]:
     from kinvec.pipeline import describe_data, open_model, open_run_data
-    from kinvec.recipe import load_stages
+    from kinvec.recipe import load_seeds
 
-    recipe = load_stages(name, given)[0]
+    recipe = load_seeds(name, given)[0][0][0]  # the first stage under the first seed
     data = open_run_data(recipe)
     return {"recipe": recipe.model_dump(mode="json"), "data": describe_data(data, open_model(recipe))}
 
@@ -86,23 +105,54 @@ def _preview(name: str | None, given: Sequence[str]) -> dict[str, Any]:
 def show(summary: dict[str, Any]) -> None:
     """Print a run's summary for a person: before, after, interval, and where everything is."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     for result in summary["results"]:
-        title = f"{result['task']}: {result['queries']} test {result['unit']}"
-        console.print(title, highlight=False)
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        baselines = result["baselines"]
-        for column in ("metric", *baselines, "base", "tuned", "difference", "95 % interval", "p"):
-            table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
-        for metric, row in result["metrics"].items():
-            table.add_row(
-                metric, *(f"{beside[metric]:.4f}" if metric in beside else "" for beside in baselines.values()),
-                f"{row['base']:.4f}", f"{row['tuned']:.4f}",
-                f"{row['difference']:+.4f}", f"{row['low']:+.4f}, {row['high']:+.4f}", f"{row['p']:.4f}",
-            )  # fmt: skip
-        console.print(table)
+        console.print(f"{result['task']}: {result['queries']} test {result['unit']}", highlight=False)
+        console.print(_results(result))
+        if "seeds" in summary:
+            print(f"over {len(summary['seeds'])} seeds, whose mean these figures are:")
+            console.print(_seeds(result))
+    if "seeds" in summary:
+        for one in summary["runs"]:
+            console.print(f"model   {one['model']}\nreport  {one['report']}")
+    else:
+        _show_run(summary, console)
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
+    return table
+
+
+def _results(result: dict[str, Any]) -> Table:
+    baselines = result["baselines"]
+    table = _table("metric", *baselines, "base", "tuned", "difference", "95 % interval", "p")
+    for metric, row in result["metrics"].items():
+        table.add_row(
+            metric, *(f"{beside[metric]:.4f}" if metric in beside else "" for beside in baselines.values()),
+            f"{row['base']:.4f}", f"{row['tuned']:.4f}",
+            f"{row['difference']:+.4f}", f"{row['low']:+.4f}, {row['high']:+.4f}", f"{row['p']:.4f}",
+        )  # fmt: skip
+    return table
+
+
+def _seeds(result: dict[str, Any]) -> Table:
+    """How far the seeds are apart, and where the difference lies for other queries and other seeds."""
+    table = _table("metric", "least", "most", "deviation", "95 % for other queries and seeds")
+    for metric, row in result["metrics"].items():
+        both = "" if row["low_seeds"] is None else f"{row['low_seeds']:+.4f}, {row['high_seeds']:+.4f}"
+        spread = (f"{row[key]:.4f}" for key in ("least", "most", "deviation"))
+        table.add_row(metric, *spread, both)
+    return table
+
+
+def _show_run(summary: dict[str, Any], console: Any) -> None:
+    """What became of the guard, how long it trained, and where everything is."""
     if "guard" in summary:
         _show_guard(summary["guard"], console)
     training = summary["training"]
