@@ -75,7 +75,13 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(beir: Path, tmp_path: Pa
         (RecipeError, "unknown measure 'ndcg'", {"model": MINILM, "data": beir, "measures": ["ndcg"]}),
         (KinvecError, r"notes\.txt", {"model": MINILM, "data": beir, "out": tmp_path / "mine"}),
         (KinvecError, "split 'dev'", {"model": MINILM, "data": beir, "split": "dev"}),
-        (KinvecError, "train.csv beside test.csv", {"model": MINILM, "data": tmp_path / "labels.csv"}),
+        (
+            KinvecError,
+            "train.csv beside test.csv",
+            {"model": MINILM, "data": tmp_path / "labels.csv", "task": "classification"},
+        ),
+        (RecipeError, "there is no task 'nli'", {"model": MINILM, "data": beir, "task": "nli"}),
+        (RecipeError, "--task reranking goes with --model", {"embeddings": beir, "task": "reranking"}),
         (KinvecError, "no such file", {"model": MINILM, "data": tmp_path / "absent"}),
     ]
     for error, message, arguments in wrong:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kinvec.contracts import Encoder, Problem, Result
+from kinvec.tasks.candidates import lexical_reranking, reranking
 from kinvec.tasks.classification import LABELLED, classification
 from kinvec.tasks.comparison import Change, Comparison, Difference, compare, unit_of
 from kinvec.tasks.compression import cheaper, small_enough, with_cheaper
 from kinvec.tasks.evaluation import from_vectors, retrieval, similarity
 from kinvec.tasks.lexical import bm25
-from kinvec.tasks.pair_classification import pair_classification
+from kinvec.tasks.pairs import pair_classification
 from kinvec.tasks.rankings import MEASURES, from_rankings
-from kinvec.tasks.reranking import lexical_reranking, reranking
 from kinvec.tasks.several import Failures, Spread, Standing, System, TaskComparison, compare_systems
 from kinvec.tasks.slices import Slice, read_columns
 from kinvec.tasks.statistics import TOLD_APART, statistic

@@ -18,6 +18,7 @@ def evaluate(
     data: str | Path | None = None,
     *,
     split: str = "test",
+    task: str | None = None,
     out: str | Path | None = None,
     embeddings: str | Path | None = None,
     measures: Sequence[str] = (),
@@ -29,8 +30,9 @@ def evaluate(
     device: str = "auto",
     threads: int | None = None,
 ) -> Result:
-    """Evaluate `model` on `data`: retrieval (BEIR folder, examples), scored pairs or labelled texts, whichever it is.
+    """Evaluate `model` on `data`: retrieval (BEIR folder, examples), pairs or labelled texts, whichever it is.
 
+    `task`, a key of `files.TASKS`, says it where the data leave a choice: `reranking`, `clustering`, ….
     `model`, `prompts` and `api_model` are those of `encoders.open_encoder`: a model of ours, one that
     sentence-transformers opens (`st:NAME`), or one on a server (`https://HOST/v1`). `model` may be `bm25`, the lexical
     baseline by itself. With `embeddings`, a folder that `kinvec embed` wrote, its
@@ -42,16 +44,17 @@ def evaluate(
     from kinvec import tasks
     from kinvec.backbone import set_threads
     from kinvec.contracts import RecipeError
-    from kinvec.files import open_problem
     from kinvec.metrics import parse_measures
 
     if (model is None) == (embeddings is None):
         raise RecipeError("evaluate takes either --model NAME or --embeddings FOLDER; give one of them")
     if embeddings is not None and (prompts or api_model):
         raise RecipeError("vectors are there already: prompts and --api-model go with --model")
+    if embeddings is not None and task not in (None, "retrieval"):
+        raise RecipeError(f"vectors on disk are scored by judged queries; --task {task} goes with --model")
     if model is not None and data is None:
         raise RecipeError("evaluate needs judged data; add --data FOLDER_OR_FILE")
-    parse_measures([name for name in measures if name not in (*tasks.LABELLED, *tasks.TRIPLETS)])
+    parse_measures([name for name in measures if name not in (*tasks.LABELLED, *tasks.TRIPLETS, *tasks.TOLD_APART)])
     if out is not None:
         tasks.refuse_foreign(Path(out))
     if dimensions and not cheaper:
@@ -62,12 +65,22 @@ def evaluate(
     else:
         assert data is not None
         result = _score_model(
-            str(model), open_problem(data, split=split), measures, dimensions if cheaper else None,
+            str(model), _opened(data, split, task), measures, dimensions if cheaper else None,
             precision=precision, device=device, prompts=prompts, api_model=api_model,
         )  # fmt: skip
     if out is not None:
         tasks.save_result(result, out)
     return result
+
+
+def _opened(data: str | Path, split: str, task: str | None) -> Problem:
+    from kinvec.console import say
+    from kinvec.files import open_problem
+
+    problem = open_problem(data, split=split, task=task)
+    if problem.kind == "clustering" and task is None:
+        say(f"{data} has no split train to learn classifiers from: its texts are clustered")
+    return problem
 
 
 def _score_model(
@@ -78,11 +91,13 @@ def _score_model(
     from kinvec.contracts import RecipeError, RetrievalData
     from kinvec.encoders import open_encoder
 
-    if cheaper is not None and (model.lower() == "bm25" or not isinstance(data, RetrievalData)):
+    if cheaper is not None and (model.lower() == "bm25" or data.kind != "retrieval"):
         raise RecipeError("--cheaper measures vectors on queries with judged documents; leave it out here")
     if model.lower() == "bm25":
         if not isinstance(data, RetrievalData):
             raise RecipeError("bm25 searches; it does not score pairs of texts. Name a model")
+        if data.kind == "reranking":
+            return tasks.lexical_reranking(data, measures)
         return tasks.bm25(data, tuple(measures) or tasks.MEASURES)
     encoder = open_encoder(model, **opening)
     if cheaper is not None:
@@ -162,6 +177,13 @@ def command(
         str | None, typer.Option(help="A BEIR folder, a file of examples, scored pairs, or labelled texts.")
     ] = None,
     split: Annotated[str, typer.Option(help="Which judgements to score by.")] = "test",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="retrieval, reranking, similarity, pair-classification, classification or clustering, where the data "
+            "leave a choice."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write results.json and per_query.parquet into this folder.")] = None,
     embeddings: Annotated[Path | None, typer.Option(help="Score this folder of vectors instead of a model.")] = None,
     measure: Annotated[list[str] | None, typer.Option(help="A measure such as nDCG@10; may be repeated.")] = None,
@@ -181,13 +203,14 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all unless set.")] = None,
 ) -> None:
-    """Measure a model on retrieval, similarity or labelled data, query by query.
+    """Measure a model on judged queries, pairs or labelled texts, query by query.
 
     Retrieval searches the whole corpus and shows BM25 beside the model, and where documents are judged as negatives the
-    margin of the triplets; scored pairs give Spearman and Pearson, labelled texts accuracies, silhouette and v-measure.
+    margin of the triplets; reranking orders the judged documents alone. Scored pairs give Spearman and Pearson, pairs
+    labelled 0 and 1 average precision, labelled texts accuracies, silhouette and v-measure.
     """
     result = evaluate(
-        model, data, split=split, out=out, embeddings=embeddings, measures=measure or (),
+        model, data, split=split, task=task, out=out, embeddings=embeddings, measures=measure or (),
         prompts=dict(_prompt(given) for given in prompt or ()), api_model=api_model, cheaper=cheaper,
         dimensions=dimension or (), precision=precision, device=device, threads=threads,
     )  # fmt: skip
@@ -233,6 +256,8 @@ def show(result: Result) -> None:
         beside = [f"{row[metric]:.5f}" if metric in row else "" for row in result.baselines.values()]
         table.add_row(metric, f"{value:.5f}", *beside)
     Console().print(table)
+    for metric, threshold in result.thresholds.items():
+        print(f"{metric}: pairs with a cosine of {threshold:.4f} or more are taken for positive")
 
 
 def show_cheaper(found: dict[str, Any]) -> None:
