@@ -34,7 +34,6 @@ from kinvec import checks
 from kinvec.checks import Evaluation, Finding, Keys, TokenLimit
 from kinvec.contracts import Encoder
 from kinvec.doctor import rules
-from kinvec.doctor.suspects import false_negatives
 from kinvec.doctor.texts import evenly, texts_of
 from kinvec.files import DataError, Table, beir, open_data
 
@@ -49,7 +48,7 @@ class Effort:
 
     rows: int | None = None
     characters: int = 4_000_000_000
-    languages: int = 5000
+    languages: int = 2000
 
 
 QUICK = Effort(rows=50_000, characters=50_000_000, languages=1000)  # for a run: some seconds, however large the data
@@ -146,7 +145,7 @@ def examine(
         found.findings += checks.leakage(table, keys, evaluation)
         found.looked["leakage"] = f"{found.looked['rows']}, against {evaluation.name}"
     else:
-        found.not_looked["leakage"] = "give the evaluation data: --eval DATA"
+        found.not_looked["leakage"] = "needs evaluation data: kinvec check … --eval DATA"
     _examine_texts(found, table, keys, evaluation, effort)
     if table.kind == "labelled":
         findings, labels = rules.label_balance(table, keys)
@@ -188,12 +187,16 @@ def _examine_with_model(
             "all rows" if len(table) <= checks.SAMPLED_ROWS else f"{checks.SAMPLED_ROWS:,} rows"
         )
     if encoder is not None and table.kind == "retrieval":
+        from kinvec.doctor.suspects import (
+            false_negatives,
+        )  # with it come torch and scikit-learn, five seconds of imports
+
         findings, looked = false_negatives(table, keys, encoder)
         found.findings += findings
         found.looked["false negatives"] = looked
     for rule, given in (("truncation", limit), ("false negatives", encoder)):
         if given is None and (table.kind == "retrieval" or rule == "truncation"):
-            found.not_looked[rule] = "give the model: --model MODEL"
+            found.not_looked[rule] = "needs a model: kinvec check … --model MODEL"
 
 
 def _sorted(found: Checked) -> Checked:

@@ -14,7 +14,7 @@ from typing import Any
 
 SURE = 0.9  # probability from which on a language is taken as told
 COMMON = 0.02  # share of texts from which on a language is one of the data's own
-LETTERS = 500  # characters of a text that are read
+LETTERS = 200  # characters of a text that are read
 UNKNOWN, NO_LANGUAGE = "und", "zxx"  # ISO 639-2: undetermined; no linguistic content (numbers, markup, identifiers)
 
 
@@ -25,7 +25,9 @@ def languages(texts: Sequence[str]) -> list[str]:
     own = {code for code, count in sure.items() if count >= COMMON * sum(sure.values()) and code != NO_LANGUAGE}
     if not own:
         return [code if probability >= SURE else UNKNOWN for code, probability in told]
-    scripts = {script(text) for text, (code, _) in zip(texts, told, strict=True) if code in own}
+    scripts = {
+        script(text) for text in [text for text, (code, _) in zip(texts, told, strict=True) if code in own][:200]
+    }
     found = []
     for text, (code, probability) in zip(texts, told, strict=True):
         if probability < SURE and code not in own:

@@ -20,7 +20,7 @@ from kinvec.files import Table, text_key
 from kinvec.mining import MiningSettings, ceiling
 from kinvec.tasks.evaluation import scaling
 
-ROWS, DOCUMENTS = 500, 2000  # of the sample, at most: half a minute on a CPU with a small model
+ROWS, DOCUMENTS = 300, 1000  # of the sample, at most: half a minute on a CPU with a small model
 MANY = 0.05  # share of the queries from which on suspects are a warning
 
 

@@ -62,11 +62,12 @@ class Texts:
     def contrasted(self, numbers: Int64[np.ndarray, " c"]) -> list[dict[str, Any]]:
         """Texts as examples that differ in what is shown of them: a long common beginning is left out."""
         found = self.read(numbers)
-        start = max(0, len(commonprefix(found)) - LEAD)
-        return [
-            quoted(self.table, self.of, int(self.row[number]), text if start < LEAD else f"…{text[start:]}")
-            for number, text in zip(numbers, found, strict=True)
-        ]
+        shown = []
+        for at, number in enumerate(numbers.tolist()):
+            start = len(commonprefix([found[at], found[0 if at else 1]])) - LEAD
+            text = found[at] if start < LEAD else f"…{found[at][start:]}"
+            shown.append(quoted(self.table, self.of, int(self.row[number]), text))
+        return shown
 
     def batches(self, numbers: Int64[np.ndarray, " c"]) -> Iterator[list[str]]:
         """Texts by their numbers, which ascend, a record batch at a time: one pass over the data."""

@@ -11,7 +11,7 @@ import typer
 
 from kinvec.contracts import RecipeError
 
-SHOWN, WIDTH = 3, 90  # texts of an example in the table, and characters of one
+SHOWN = 3  # texts of an example in the table
 
 if TYPE_CHECKING:
     from kinvec.checks import Finding, TokenLimit
@@ -34,22 +34,23 @@ def check(
     training must share no query with.
     """
     from kinvec.doctor import check_source
-    from kinvec.embedder import Embedder
 
-    encoder = Embedder.load(model) if model else None
-    limit = token_limit(encoder) if encoder else None
+    encoder, limit = _opened(model) if model else (None, None)
     options: dict[str, Any] = {"split": split, "kind": kind, "columns": columns, "skip_bad": skip_bad}
     return [check_source(source, evaluation=evaluation, limit=limit, encoder=encoder, **options) for source in sources]
 
 
-def token_limit(embedder: Embedder) -> TokenLimit:
-    """How a model counts tokens and where it cuts."""
+def _opened(model: str) -> tuple[Embedder, TokenLimit]:
+    """A model, and how it counts tokens and where it cuts."""
     from kinvec.checks import TokenLimit
+    from kinvec.embedder import Embedder
+
+    embedder = Embedder.load(model)
 
     def count(texts: list[str]) -> list[int]:
         return [len(ids) for ids in embedder.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
 
-    return TokenLimit(count, embedder.max_length, embedder.prompts)
+    return embedder, TokenLimit(count, embedder.max_length, embedder.prompts)
 
 
 def command(
@@ -110,7 +111,7 @@ def show(checked: Checked) -> None:
         console.print(_finding_table(checked))
     console.print(f"{checked.source}: {checked.verdict}.", markup=False, style="bold")
     for rule, remedy in checked.not_looked.items():
-        console.print(f"Not looked for: {rule}; {remedy}", markup=False, style="dim")
+        console.print(f"{rule}: not looked for; {remedy}", markup=False, style="dim")
 
 
 def _summary_line(checked: Checked) -> str:
@@ -121,6 +122,7 @@ def _summary_line(checked: Checked) -> str:
 
 def _finding_table(checked: Checked) -> Any:
     from rich.box import SIMPLE_HEAD
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
@@ -133,20 +135,21 @@ def _finding_table(checked: Checked) -> Any:
     table.add_column("share", justify="right")
     table.add_column("remedy", ratio=2)
     for finding in checked.findings:
-        told = Text.assemble(finding.message, *((f"\n{line}", "dim") for line in _example(finding)))
+        example = [Text(line, "dim", no_wrap=True, overflow="ellipsis") for line in _example(finding)]
         share = "" if finding.share is None else f"{finding.share:.1%}"
         cells = (_place(finding, checked.source), f"{finding.count:,}", share, finding.remedy)
-        table.add_row(Text(finding.severity, colours[finding.severity]), told, *map(Text, cells))
+        table.add_row(
+            Text(finding.severity, colours[finding.severity]), Group(Text(finding.message), *example), *map(Text, cells)
+        )
     return table
 
 
 def _example(finding: Finding) -> list[str]:
-    """The first example: a line for each of its texts, of those that say more than the place does."""
+    """The first example: what it shows, and a line for each of its texts."""
     if not finding.examples:
         return []
     first = finding.examples[0]
-    texts = [" ".join(one["text"].split()) for one in first["texts"][:SHOWN]]
-    lines = [f"“{text if len(text) <= WIDTH else text[: WIDTH - 1] + '…'}”" for text in texts]
+    lines = ["  " + " ".join(one["text"].split()) for one in first["texts"][:SHOWN]]
     return [f"{first['note']}:", *lines] if first["note"] else lines
 
 
