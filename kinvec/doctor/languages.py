@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,17 +25,21 @@ def languages(texts: Sequence[str]) -> list[str]:
     own = {code for code, count in sure.items() if count >= COMMON * sum(sure.values()) and code != NO_LANGUAGE}
     if not own:
         return [code if probability >= SURE else UNKNOWN for code, probability in told]
-    scripts = {
-        script(text) for text in [text for text, (code, _) in zip(texts, told, strict=True) if code in own][:200]
-    }
-    found = []
+    written: dict[str, set[str]] = {code: set() for code in own}
     for text, (code, probability) in zip(texts, told, strict=True):
-        if probability < SURE and code not in own:
-            written = script(text)
-            ranked = (other for other, _ in _classifier().rank(text[:LETTERS]) if other in own)
-            code = next(ranked) if written in scripts else code if written else UNKNOWN
-        found.append(code)
-    return found
+        if code in own and probability >= SURE:
+            written[code].add(script(text))
+    return [
+        code if probability >= SURE or code in own else _likely(text, code, written)
+        for text, (code, probability) in zip(texts, told, strict=True)
+    ]
+
+
+def _likely(text: str, guess: str, written: Mapping[str, set[str]]) -> str:
+    """Of the data's own languages the likeliest that is written in the text's script; if none is, the guess."""
+    own = script(text)
+    ranked = (code for code, _ in _classifier().rank(text[:LETTERS]) if own in written.get(code, ()))
+    return next(ranked, guess) if own else UNKNOWN
 
 
 def script(text: str) -> str:
