@@ -351,12 +351,11 @@ def test_of_many_labels_the_picture_colours_those_that_are_recovered_worst(tmp_p
         }  # fmt: skip
         result = Result("many", "classification", "test", side, {"accuracy": metrics.mean(right)}, columns, "f")
         tasks.save_result(result, place / "results" / side / "many")
-    found = collect(place)["tasks"][0]["map"]
-    assert found["labels"] == [f"<b>{number}</b>" for number in range(2, 10)] and found["others"] == 2
-    page = build_report(place).read_text()
-    assert page.count('<path class="other"') == 2 * 7 and page.count('<path class="c') == 2 * 32
-    assert "&lt;b&gt;2&lt;/b&gt;: a text" in page and "<b>2</b>" not in page and "2 other labels" in page
-    assert all(0 <= dot[axis] <= 100 for _, dots in found["sides"] for dot in dots for axis in ("x", "y"))
+    (found,) = collect(place)["maps"]
+    assert found["groups"] == [*(f"<b>{number}</b>" for number in range(2, 10)), "2 other labels"]
+    assert found["group"].count(8) == 7 and found["coloured"] == 8 and len(found["group"]) == 39
+    assert all(0 <= value <= 100 for side in found["methods"][0]["places"] for dot in side for value in dot)
+    assert "<b>2</b>" not in build_report(place).read_text()
 
 
 # ---- v-measure and its intervals ----

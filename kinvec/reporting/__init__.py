@@ -19,18 +19,22 @@ from kinvec.files import write_text
 from kinvec.reporting.browser import browse
 from kinvec.reporting.curve import learning_curve, shares
 from kinvec.reporting.data import described
+from kinvec.reporting.maps import pictures
 from kinvec.reporting.reading import flat, read_json, read_log, read_results
 from kinvec.reporting.rendering import axis, compact, render
 from kinvec.reporting.scores import task_table, verdict
+from kinvec.reporting.similarities import similarities
 
 SECTIONS = (  # anchor, name in the navigation, template; a section of `OPTIONAL` is there only if its data are
     ("scores", "Before and after", "_scores.html.j2"),
     ("curve", "Learning curve", "_curve.html.j2"),
     ("queries", "Query by query", "_queries.html.j2"),
+    ("maps", "Map", "_maps.html.j2"),
+    ("similarities", "Similarities", "_similarities.html.j2"),
     ("data", "Data", "_data.html.j2"),
     ("settings", "Settings", "_settings.html.j2"),
 )
-OPTIONAL = ("queries",)
+OPTIONAL = ("queries", "maps", "similarities")
 
 
 def build_report(run_folder: str | Path) -> Path:
@@ -49,6 +53,7 @@ def collect(run_folder: str | Path) -> dict[str, Any]:
     model = read_json(run / "model" / "kinvec.json")
     results = read_results(run)
     measured = [task_table(base, tuned) for base, tuned in results]
+    both = [[base, tuned] if tuned else [base] for base, tuned in results]
     steps, learned = read_log(run / "log.jsonl"), read_json(run / "data.json")
     curve = learning_curve(steps)
     page: dict[str, Any] = {
@@ -58,7 +63,9 @@ def collect(run_folder: str | Path) -> dict[str, Any]:
         "status": _status(bool(model), curve, measured, recipe),
         "verdict": verdict(measured, recipe, bool(model)),
         "tasks": measured,
-        "queries": browse([[base, tuned] for base, tuned in results if tuned], ("Before", "After")),
+        "queries": browse(both, ("Before", "After")),
+        "maps": pictures(both),
+        "similarities": similarities(both),
         "curve": curve,
         "sets": shares(steps, learned.get("sets") or {}),
         "data": described(learned),

@@ -8,7 +8,6 @@ from typing import Any
 
 from kinvec import tasks
 from kinvec.contracts import Result
-from kinvec.reporting.maps import plane
 from kinvec.reporting.reading import main_metric, ordered
 from kinvec.reporting.rendering import axis, number, p_value, signed
 
@@ -44,7 +43,6 @@ def task_table(base: Result, tuned: Result | None) -> dict[str, Any]:
         "precision": tuned.precision if tuned else base.precision,
         "rows": rows,
         "axis": axis(ends, low=0.0 if min(ends) >= 0 else -1.0, high=1.0),
-        "map": plane(base, tuned),
         "by": comparison.by if comparison else None,
         "wins": [asdict(change) for change in comparison.wins] if comparison else [],
         "losses": [asdict(change) for change in comparison.losses] if comparison else [],
