@@ -113,6 +113,21 @@ def margin_mse(
     return ((student - wanted).square() * share).sum() / share.sum()
 
 
+def turned(teacher: Float[Tensor, "n t"], student: Float[Tensor, "n d"]) -> Float[Tensor, "t d"]:
+    """The map of a teacher's embeddings to a student's dimensions that keeps most of them and turns the student least.
+
+    The teacher's principal directions about the origin, as many as the student has dimensions, then the rotation that
+    brings the same texts nearest to where the student has them (orthogonal Procrustes, Schönemann 1966). With d ≥ t
+    cosines are the teacher's own.
+    """
+    width, keep = student.shape[1], min(teacher.shape[1], student.shape[1])
+    teacher, student = teacher.double(), student.double()
+    directions = torch.linalg.eigh(teacher.T @ teacher).eigenvectors.flip(1)[:, :keep]  # ascending, so turned round
+    directions = torch.nn.functional.pad(directions, (0, width - keep))
+    left, _, right = torch.linalg.svd((teacher @ directions).T @ student)
+    return (directions @ left @ right).float()
+
+
 # --- Labelled texts -------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ from kinvec.losses import (
     paired_angle,
     paired_cosine,
     sup_con,
+    turned,
 )
 from kinvec.masking import Cloze, MaskingSettings, Task, ask, hidden_token
 from kinvec.sampling import Batch, LabelBatch, PairBatch, ScoredBatch, TextBatch
@@ -49,10 +50,12 @@ class ObjectiveSettings(Settings):
 
     name: str = "contrastive"
     """`contrastive` for queries and documents, `kl` or `margin_mse` where a teacher has scored them; `triplet` or
-    `supcon` for labelled texts; `cosent`, `angle` or `cosine` for scored pairs; `simcse`, `mlm`, `mntp` or `clm` for
-    plain texts; or your own as `my_file.py:my_loss`, a function of (queries, documents, batch) → loss."""
+    `supcon` for labelled texts; `cosent`, `angle` or `cosine` for scored pairs; `simcse`, `embedding`, `mlm`, `mntp` or
+    `clm` for plain texts; or your own as `my_file.py:my_loss`, a function of (queries, documents, batch) → loss."""
     temperature: float = Field(0.05, gt=0)
     """Cosines are divided by this (the scale of MultipleNegativesRankingLoss or CoSENTLoss is 1 / temperature)."""
+    teacher: str | None = None
+    """The model whose embeddings `embedding` learns."""
     teacher_temperature: float = Field(1.0, gt=0)
     """The teacher's scores are divided by this in `kl`."""
     hard_negatives: Literal["shared", "own"] = "shared"
@@ -93,7 +96,7 @@ class Objective:
 
     `texts(batch)` are the queries and the documents whose embeddings `loss` needs. An objective that predicts tokens
     has `ask` instead of a loss: (tokenizer, pack) → the pack with hidden tokens, and what is to be predicted. `noisy`
-    ones learn from the model's dropout.
+    ones learn from the model's dropout. `prepare` makes it ready with the untrained model and a sample of the texts.
     """
 
     name: str
@@ -103,6 +106,7 @@ class Objective:
     texts: Callable[[Any], tuple[Sequence[str], Sequence[str]]] = _as_drawn
     ask: Callable[[Any, Pack], Cloze] | None = None
     noisy: bool = False
+    prepare: Callable[[Embedder, Sequence[str]], Objective] | None = None
 
 
 def make_objective(settings: ObjectiveSettings) -> Objective:
@@ -118,6 +122,8 @@ def make_objective(settings: ObjectiveSettings) -> Objective:
             f"objective.name: '{settings.name}' is unknown; known are {', '.join(OBJECTIVES)}, or my_file.py:my_loss"
         )
     objective = OBJECTIVES[settings.name](settings)
+    if settings.dimensions and objective.prepare:
+        raise RecipeError(f"objective.dimensions: {settings.name} has one target a text; leave it out")
     if settings.dimensions:
         return replace(objective, loss=matryoshka(objective.loss, settings.dimensions))
     return objective
@@ -247,6 +253,38 @@ def simcse(settings: ObjectiveSettings) -> Objective:
     return Objective("simcse", loss, "texts", texts=lambda batch: (batch.queries, batch.queries), noisy=True)
 
 
+def embedding(settings: ObjectiveSettings) -> Objective:
+    """Distillation of a larger model: each text's embedding is drawn to the teacher's, by mean squared error.
+
+    The teacher's are brought to the student's dimensions by one fixed map (see `losses.turned`) and to length 1.
+    """
+    if settings.teacher is None:
+        raise RecipeError("objective.name=embedding needs a teacher; set objective.teacher=MODEL")
+    opened = cache(partial(Embedder.load, settings.teacher))
+
+    def taught(texts: Sequence[str]) -> Float[Tensor, "n t"]:
+        prompt = opened().prompts.get("document", "")
+        return functional.normalize(torch.from_numpy(opened().encode(texts, prompt=prompt, progress=False)), dim=1)
+
+    def prepare(student: Embedder, sample: Sequence[str]) -> Objective:
+        before = torch.from_numpy(student.encode(sample, progress=False))
+        to_student = turned(taught(sample), functional.normalize(before, dim=1))
+
+        def distances(texts: Float[Tensor, "n d"], batch: TextBatch) -> Float[Tensor, " n"]:
+            wanted = functional.normalize(taught(batch.queries) @ to_student, dim=1).to(texts)
+            return (functional.normalize(texts, dim=1) - wanted).square().sum(1)
+
+        def measures(texts: Float[Tensor, "n d"], documents: Tensor, batch: TextBatch) -> dict[str, float]:
+            return {"teacher_cosine": 1 - distances(texts, batch).mean().item() / 2}
+
+        def loss(texts: Float[Tensor, "n d"], documents: Tensor, batch: TextBatch) -> Float[Tensor, ""]:
+            return distances(texts, batch).mean()
+
+        return Objective("embedding", loss, "texts", measures)
+
+    return Objective("embedding", _not_ready, "texts", prepare=prepare)
+
+
 def language(task: Task) -> Callable[[ObjectiveSettings], Objective]:
     """An objective that predicts tokens: hidden ones where they stand (mlm) or one before (mntp), or the next (clm)."""
 
@@ -259,6 +297,10 @@ def language(task: Task) -> Callable[[ObjectiveSettings], Objective]:
         return Objective(task, _no_loss, "texts", ask=ask_of)
 
     return make
+
+
+def _not_ready(queries: Tensor, documents: Tensor, batch: Any) -> Tensor:
+    raise AssertionError("this objective is prepared before it has a loss")
 
 
 def _no_loss(queries: Tensor, documents: Tensor, batch: Any) -> Tensor:
@@ -287,6 +329,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "cosent": scored("cosent", lambda a, b, scores, t: cosent(paired_cosine(a, b), scores, t)),
     "angle": scored("angle", lambda a, b, scores, t: cosent(paired_angle(a, b), scores, t)),
     "simcse": simcse,
+    "embedding": embedding,
     "mlm": language("mlm"),
     "mntp": language("mntp"),
     "clm": language("clm"),

@@ -30,7 +30,7 @@ from kinvec.kinds import KINDS
 from kinvec.merging import check_metrics, keep_guards
 from kinvec.pooling import Normalize
 from kinvec.recipe import Recipe
-from kinvec.run_data import OpenSet, RunData, describe, measured, mixture, open_run_data, prepared
+from kinvec.run_data import OpenSet, RunData, describe, examined, measured, mixture, open_run_data, prepared
 from kinvec.trainer import fit
 from kinvec.validation import Listener, validation
 
@@ -124,6 +124,7 @@ def claim_folder(recipe: Recipe, data: RunData, embedder: Embedder, force: bool)
         write_text(beside / "recipe.yaml", dump(recipe))
         write_json(beside / "environment.json", environment(embedder))
         write_json(beside / "data.json", describe_data(data, embedder))
+        write_json(beside / "doctor.json", examined(data))
         return replace_folder(beside, folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

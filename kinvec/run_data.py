@@ -9,15 +9,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from kinvec import doctor
+from kinvec.checks import evaluation_of
 from kinvec.contracts import KinvecError, Problem, RecipeError
-from kinvec.files import Table, content_fingerprint, open_data, open_problem
+from kinvec.embedder import Embedder
+from kinvec.files import Table, content_fingerprint, has_split, open_data
 from kinvec.kinds import CLASSIFIER_TEXTS, DEV_CLASSIFIER_TEXTS, FITTING, KINDS, NEEDS, Kind
 from kinvec.merging import Guard, GuardSettings
 from kinvec.mixing import Mixture, SetSettings, TrainingSet
 from kinvec.objectives import Objective, make_objective
 from kinvec.recipe import Recipe
 from kinvec.sampling import hold_out
-from kinvec.tasks.further import Task, open_named
+from kinvec.tasks.further import Task, open_named, open_part
+
+SAMPLE = 2000  # rows whose texts prepare an objective
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,12 @@ def _open_guard(name: str, settings: GuardSettings) -> Guard:
     Raises as `open_named`, and `RecipeError` where they are of another kind.
     """
     problem = open_named("guard", name, settings)
-    beside = settings.split != "dev" and any(kind.beside(settings.data, "dev") for kind in KINDS.values())
+    beside = settings.split != "dev" and has_split(settings.data, "dev")
     place = settings.dev or (settings.data if beside else None)
     if place is None:
         return Guard(name, problem, settings, problem)
-    dev = replace(open_problem(place, split="dev", columns=settings.columns), name=name)
-    if type(dev) is not type(problem):
+    dev = open_part(name, settings, place, "dev")
+    if dev.kind != problem.kind:
         raise RecipeError(
             f"guard.{name}.dev: {place} is of another kind than {settings.data}; name data of the same kind"
         )
@@ -126,6 +131,20 @@ def measured(data: RunData) -> Iterator[tuple[str, Problem, Sequence[str], Mappi
             yield own_name(one), one.test, (), one.settings.prompts
     for task in (*data.tasks, *data.guards):
         yield task.name, task.problem, task.settings.measures, task.settings.prompts
+
+
+def prepared(data: RunData, embedder: Embedder) -> RunData:
+    """The data with objectives that have seen the untrained model and a sample of the texts, where they need it."""
+    sets = [
+        replace(one, objective=one.objective.prepare(embedder, _sample(one))) if one.objective.prepare else one
+        for one in data.sets
+    ]
+    return replace(data, sets=sets)
+
+
+def _sample(one: OpenSet) -> list[str]:
+    rows = one.examples[:: max(1, len(one.examples) // SAMPLE)].tolist()
+    return [text for row in rows for _, text in one.kind.texts(one.table, row)]
 
 
 def mixture(recipe: Recipe, data: RunData, prompts: dict[str, str]) -> Mixture:
@@ -243,3 +262,20 @@ def describe(data: RunData, sample: int = 2000) -> dict[str, Any]:
             for one in data.sets
         }
     return told
+
+
+def examined(data: RunData) -> dict[str, Any]:
+    """What the data doctor says of the rows trained on, held against the test data (see `kinvec.doctor`).
+
+    It takes some seconds, however large the data are: of many rows it looks at a sample.
+    """
+    found = []
+    for one in data.sets:
+        evaluation = None
+        if one.test is not None:
+            apart = one.settings.test not in (None, one.settings.train)
+            name = str(one.settings.test) if apart else "the test data"
+            evaluation = evaluation_of(one.test, name, same_corpus=not apart)
+        rows = np.asarray(one.examples, dtype=np.int64)
+        found.append(doctor.examine(one.table, evaluation, rows=rows, effort=doctor.QUICK))
+    return doctor.to_json(found)
