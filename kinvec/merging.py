@@ -43,7 +43,7 @@ from torch import Tensor
 
 from kinvec import tasks
 from kinvec.console import say
-from kinvec.contracts import KinvecError, PairData, Problem, RecipeError, Result
+from kinvec.contracts import KinvecError, Problem, RecipeError, Result
 from kinvec.embedder import Embedder, open_folder, with_prompts
 from kinvec.files import write_json
 from kinvec.folder import optional_json
@@ -235,7 +235,7 @@ def _swept(
 
 def _measure(guard: Guard, encoder: Embedder, metric: str) -> Result:
     """The metric on the data that choose; scored pairs have no choice of measures."""
-    measures = () if isinstance(guard.dev, PairData) else (metric,)
+    measures = () if guard.dev.kind == "similarity" else (metric,)
     return tasks.measure(guard.dev, with_prompts(encoder, guard.settings.prompts), measures)
 
 

@@ -307,6 +307,7 @@ def test_further_tasks_are_measured_before_and_after_under_their_own_prompts(
     ("more", "said"),
     [
         (["tasks.sts.data=nowhere.csv"], r"nowhere\.csv: there is no such file"),
+        (["tasks.sts.data={sts}", "tasks.sts.task=reading"], "there is no task 'reading'; there are retrieval"),
         (["tasks.sts.split=test"], r"tasks\.sts\.data is not set"),
         (["guard.sts.data={sts}", "evaluate=false"], r"guard\.sts: nothing is measured with evaluate=false"),
         (["guard.sts.data={sts}", "trainer.eval_every=0"], r"nothing is measured with trainer\.eval_every=0"),

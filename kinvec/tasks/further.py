@@ -10,12 +10,14 @@ from kinvec.files import open_problem
 
 
 class TaskSettings(Settings):
-    """A further task, under a name of its own: the base and the tuned model are measured on it. A list works too."""
+    """A further task, under a name of its own: base and tuned model are measured on it. A list works too."""
 
     data: str = ""
     """Judged queries, scored pairs or labelled texts: a file, a folder, or a hub data set."""
     split: str = "test"
     """The split of a folder or hub data set."""
+    task: str | None = None
+    """What is measured, where it is not what the data look like: `clustering`, `reranking`, … (`evaluate --task`)."""
     columns: dict[str, str] | None = None
     """Names of the columns, where they differ: `{query: question, pos_doc: answer}`."""
     measures: list[str] = []
@@ -40,4 +42,10 @@ def open_named(key: str, name: str, settings: TaskSettings) -> Problem:
     """
     if not settings.data:
         raise RecipeError(f"{key}.{name}.data is not set; name judged queries, scored pairs or labelled texts")
-    return replace(open_problem(settings.data, split=settings.split, columns=settings.columns), name=name)
+    return open_part(name, settings, settings.data, settings.split)
+
+
+def open_part(name: str, settings: TaskSettings, source: str, split: str) -> Problem:
+    """Other data, read as those of the task. Raises `KinvecError` where they are wrong."""
+    problem = open_problem(source, split=split, columns=settings.columns, task=settings.task)
+    return replace(problem, name=name)

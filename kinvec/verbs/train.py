@@ -172,7 +172,7 @@ def _show_guard(guard: dict[str, Any], console: Any) -> None:
         table.add_column(column, justify="left" if column in ("guard", "metric") else "right", no_wrap=True)
     for name, row in guard["guards"].items():
         shown = [row["full"], row["model"]] if mixture else [row["full"]]
-        drops = [text for drop in shown for text in (f"{drop['value']:.4f}", f"{-drop['difference']:.4f}")]
+        drops = [text for drop in shown for text in (f"{drop['value']:.4f}", f"{0 - drop['difference']:.4f}")]
         drops.insert(2, f"{row['tolerance']:g}")
         table.add_row(name, row["metric"], f"{row['base']:.4f}", *drops)
     console.print(table)
