@@ -69,6 +69,7 @@ def small_enough(data: Problem) -> bool:
     """Whether `with_cheaper` costs little beside encoding: at most `DOCUMENTS` documents and `PAIRS` scores."""
     return (
         isinstance(data, RetrievalData)
+        and data.kind == "retrieval"
         and len(data.corpus) <= DOCUMENTS
         and len(data.corpus) * len(data.qrels) <= PAIRS
     )
