@@ -60,7 +60,7 @@ def _results(summary: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"{result['task']}, {result['queries']} test {result['unit']}; "
-            "intervals are paired bootstraps of the difference.",
+            "intervals are those of the paired difference.",
             "",
         ]
         lines += ["| metric | base | tuned | difference | 95 % interval |", "|---|---|---|---|---|"]

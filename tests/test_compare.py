@@ -59,7 +59,7 @@ def test_means_difference_interval_and_p_are_those_of_the_paired_statistics() ->
     gain = np.array(TUNED) - np.array(BASE)
     assert (comparison.a, comparison.b, comparison.queries, comparison.by) == ("base", "tuned", 60, "nDCG@10")
     assert row.metric == "nDCG@10" and row.difference == pytest.approx(gain.mean()) == pytest.approx(row.b - row.a)
-    assert (row.low, row.high) == metrics.bootstrap_mean(gain) and row.p == metrics.randomisation_p(gain)
+    assert (row.low, row.high) == metrics.mean_interval(gain) and row.p == metrics.randomisation_p(gain)
     assert row.low < row.difference < row.high and 0 < row.p <= 1
     assert (row.won, row.tied, row.lost) == tuple(int(np.sum(t)) for t in (gain > 0, gain == 0, gain < 0))
 

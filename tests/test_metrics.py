@@ -99,20 +99,12 @@ def test_names_are_those_of_ir_measures() -> None:
             metrics.parse_measures([wrong])
 
 
-def test_bootstrap_interval_is_scipys() -> None:
+def test_the_interval_of_a_mean_is_scipys() -> None:
     values = np.random.default_rng(3).normal(0.05, 0.2, 80)
-    low, high = metrics.bootstrap_mean(values)
-    theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(1)).confidence_interval
-    assert low == pytest.approx(theirs.low, abs=0.003) and high == pytest.approx(theirs.high, abs=0.003)
-    assert metrics.bootstrap_mean(values) == (low, high)
-    assert metrics.bootstrap_mean(values, seed=1) != (low, high)
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(0)
-    samples = generator.exponential(1.0, size=(400, 60)) - 1.0
-    hits = sum(low <= 0 <= high for low, high in (metrics.bootstrap_mean(s, resamples=400) for s in samples))
-    assert 0.88 <= hits / 400 <= 0.98
+    theirs = stats.ttest_1samp(values, 0).confidence_interval()
+    assert metrics.mean_interval(values) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert metrics.mean_interval(np.array([0.3])) == (0.3, 0.3)
+    assert metrics.mean_interval(np.zeros(9)) == (0.0, 0.0)
 
 
 def test_randomisation_equals_the_count_over_all_sign_flips() -> None:
@@ -129,16 +121,21 @@ def test_randomisation_at_its_ends() -> None:
 
 def test_chunks_of_resamples_do_not_change_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=50)
-    whole = metrics.bootstrap_mean(values), metrics.randomisation_p(values)
+    gold, a, b = np.arange(50.0), values, values[::-1].copy()
+
+    def drawn() -> tuple[object, ...]:
+        return metrics.bootstrap_correlation("pearson_cosine", gold, a, b), metrics.randomisation_p(values)
+
+    whole = drawn()
     monkeypatch.setattr("kinvec.metrics.resampling.DRAWS_AT_A_TIME", 500)
-    assert (metrics.bootstrap_mean(values), metrics.randomisation_p(values)) == whole
+    assert drawn() == whole
 
 
 def test_statistics_leave_the_global_random_state_alone() -> None:
     np.random.seed(5)
     expected = np.random.random(3)
     np.random.seed(5)
-    metrics.bootstrap_mean(np.arange(5.0))
+    metrics.bootstrap_correlation("pearson_cosine", np.arange(5.0), np.ones(5), np.arange(5.0))
     metrics.randomisation_p(np.arange(5.0))
     assert (np.random.random(3) == expected).all()
 

@@ -1,4 +1,4 @@
-"""Draws of resamples, intervals and p-values: what every statistic here is told apart from luck by.
+"""Intervals, p-values and draws of resamples: what every statistic here is told apart from luck by.
 
 Every draw comes from a generator of its own, so nothing here moves the random state of a training run, and the same
 seed gives the same figures. Shapes: n = queries or items, r = resamples drawn at a time.
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float, Float64
+from scipy.stats import t as student
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -21,13 +22,16 @@ def mean(values: Sequence[float] | Float[np.ndarray, " n"]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def bootstrap_mean(
-    values: Float[np.ndarray, " n"], seed: int = 0, resamples: int = RESAMPLES, confidence: float = CONFIDENCE
-) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean. Given paired differences it is the paired interval."""
+def mean_interval(values: Float[np.ndarray, " n"], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Student's interval of the mean, mean ± t · standard error. Given paired differences it is the paired interval.
+
+    On values such as nDCG's, with their many ties, it covers as often as it says at 50 queries, where the percentile,
+    BCa and studentised bootstraps do not (benchmarks/intervals.py). A single value is its own interval.
+    """
     values = np.asarray(values, dtype=np.float64)
-    means = [values[drawn].mean(axis=1) for drawn in draw_items(len(values), seed, resamples)]
-    return interval(np.concatenate(means), confidence)
+    n, middle = len(values), mean(values)
+    half = float(student.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+    return middle - half, middle + half
 
 
 def randomisation_p(differences: Float[np.ndarray, " n"], seed: int = 0, resamples: int = RESAMPLES) -> float:

@@ -50,7 +50,7 @@ def task_table(base: Result, tuned: Result | None) -> dict[str, Any]:
 
 
 def _with_interval(name: str, result: Result) -> dict[str, float]:
-    """The metric and its 95 % bootstrap interval; a statistic of the whole set is recomputed on each resample."""
+    """The metric and its 95 % interval."""
     low, high = tasks.statistic(name).interval(result.per_query)
     return {"value": result.metrics[name], "low": low, "high": high}
 

@@ -107,7 +107,7 @@ def cheaper(
 
     Gives `measure` (the first), `oversampling`, and `rows` from most to fewest dimensions, float32 to binary: each has
     `dimensions`, `precision`, `rescored`, `bytes` of a stored vector, `metrics`, and of the first measure `interval`
-    (95 %, bootstrap over queries), `difference` to full vectors (`value`, `low`, `high`, paired) and the share `kept`
+    (95 %), `difference` to full vectors (`value`, `low`, `high`, paired) and the share `kept`
     (None of nothing). Rescored means: the first `OVERSAMPLING` × k by stored queries are put in order by full queries
     against the stored documents; nothing more is stored for it. Memory is that of a block, whatever the shards.
     Raises `RecipeError` for dimensions that the vectors have not, and without a measure of rankings.

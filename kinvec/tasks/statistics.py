@@ -42,12 +42,15 @@ def _mean(name: str) -> Statistic:
 
     def difference(a: Rows, b: Rows, seed: int) -> tuple[tuple[float, float], float]:
         change = _known(each(b) - each(a))
-        return metrics.bootstrap_mean(change, seed), metrics.randomisation_p(change, seed)
+        return metrics.mean_interval(change), metrics.randomisation_p(change, seed)
 
-    return Statistic(
-        lambda rows: metrics.mean(_known(each(rows))), each,
-        lambda rows: metrics.bootstrap_mean(_known(each(rows))), difference,
-    )  # fmt: skip
+    def interval(rows: Rows) -> tuple[float, float]:
+        values = _known(each(rows))
+        low, high = metrics.mean_interval(values)
+        shares = bool(((values >= 0) & (values <= 1)).all())  # whose mean is never beyond
+        return (max(low, 0.0), min(high, 1.0)) if shares else (low, high)
+
+    return Statistic(lambda rows: metrics.mean(_known(each(rows))), each, interval, difference)
 
 
 def _known(values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " m"]:
