@@ -34,6 +34,7 @@ from kinvec.files import (
 from kinvec.files.problems import Notes
 
 PLACES = 5  # lines named for one finding; all are counted
+WRITE = "kinvec check … --write FILE"  # of a remedy: the data without such rows
 QUOTED = 240  # characters of a text shown
 SAMPLED_ROWS = 5000  # rows whose tokens are counted, at most, spread evenly over the data
 MIX = np.uint64(0x9E3779B97F4A7C15)  # an odd constant: multiplication by it is one-to-one on 64 bits
@@ -46,6 +47,7 @@ class Finding:
     """Something found: an `error` makes training or its evaluation wrong, a `warning` may, a `note` is good to know.
 
     `share` is that of `count` in what was looked at. An example has a `note` and its `texts`, each with file and line.
+    `drop` are the rows of the table without which it would be gone, where leaving them out is a remedy.
     """
 
     severity: Severity
@@ -57,6 +59,11 @@ class Finding:
     count: int = 1
     share: float | None = None
     examples: Sequence[Mapping[str, Any]] = ()
+    drop: Int64[np.ndarray, " r"] | None = field(default=None, repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, without the rows."""
+        return {name: value for name, value in vars(self).items() if name != "drop"}
 
 
 @dataclass(frozen=True)
@@ -179,16 +186,18 @@ def row_findings(table: Table, keys: Keys) -> list[Finding]:
 def _at(
     severity: Severity, rule: str, table: Table, keys: Keys, rows: np.ndarray, what: str, remedy: str
 ) -> Iterator[Finding]:
-    """One finding for all these rows, placed at the first of them; nothing if there are none."""
+    """One finding for all these rows, placed at the first of them; nothing if there are none.
+
+    They are to be dropped if the remedy says so.
+    """
     rows = np.unique(rows)
     if len(rows):
         lines = ", ".join(str(keys.lines[row]) for row in rows[:PLACES]) + (", …" if len(rows) > PLACES else "")
         places = f" (lines {lines})" if len(rows) > 1 else ""
         shown = [{"note": "", "texts": [_shown(table, keys, row)]} for row in rows[:PLACES].tolist()]
         file, line = table.files[keys.files[rows[0]]], int(keys.lines[rows[0]])
-        yield Finding(
-            severity, rule, file, line, f"{what}{places}", remedy, len(rows), round(len(rows) / len(keys), 4), shown
-        )
+        share, drop = round(len(rows) / len(keys), 4), keys.numbers[rows] if WRITE in remedy else None
+        yield Finding(severity, rule, file, line, f"{what}{places}", remedy, len(rows), share, shown, drop)
 
 
 def _shown(table: Table, keys: Keys, row: int) -> dict[str, Any]:
@@ -208,14 +217,18 @@ def shortened(text: str) -> str:
 
 def duplicates(table: Table, keys: Keys) -> Iterator[Finding]:
     """Rows whose texts (and label) are those of an earlier row; upper case and white space do not count."""
-    names = [name for name in keys.of if not name.endswith("_id")]
+    what, remedy = "rows that repeat an earlier one", f"they count double; without them: {WRITE}"
+    yield from _at("warning", "duplicate", table, keys, repeated(keys), what, remedy)
+
+
+def repeated(keys: Keys) -> Int64[np.ndarray, " r"]:
+    """The rows all of whose texts (and label) stand in an earlier one."""
     whole = np.zeros(len(keys), np.uint64)
-    for name in names:
+    for name in (name for name in keys.of if not name.endswith("_id")):
         whole = whole * MIX + keys.row_sums(name)
     again = np.ones(len(keys), dtype=bool)
     again[np.unique(whole, return_index=True)[1]] = False
-    what = "rows that repeat an earlier one"
-    yield from _at("warning", "duplicate", table, keys, np.flatnonzero(again), what, "drop them: they count double")
+    return np.flatnonzero(again)
 
 
 def judged_both_ways(table: Table, keys: Keys) -> Iterator[Finding]:
@@ -223,7 +236,7 @@ def judged_both_ways(table: Table, keys: Keys) -> Iterator[Finding]:
     positive, negative = (_judged(keys, column) for column in ("pos_doc", "neg_doc"))
     rows = keys.rows("neg_doc")[np.isin(negative, positive)]
     what = "rows with a negative that is judged positive for the same query"
-    remedy = "drop the negative, or correct the judgement"
+    remedy = f"correct the judgement, or leave such rows out: {WRITE}"
     yield from _at("error", "contradiction", table, keys, rows, what, remedy)
 
 
@@ -251,7 +264,7 @@ def own_text(table: Table, keys: Keys) -> Iterator[Finding]:
     rows = keys.rows("pos_doc")
     same = keys.of["query"][rows] == keys.of["pos_doc"]
     what = "rows that have the query itself as a positive"
-    yield from _at("warning", "own text", table, keys, rows[same], what, "drop it: it teaches nothing")
+    yield from _at("warning", "own text", table, keys, rows[same], what, f"they teach nothing; without them: {WRITE}")
 
 
 def several_labels(table: Table, keys: Keys) -> Iterator[Finding]:
@@ -313,7 +326,7 @@ def leakage(table: Table, keys: Keys, evaluation: Evaluation) -> list[Finding]:
         mine, asked = keys.of["query" if table.kind == "retrieval" else "text"], np.concatenate(known)
     asking = {"retrieval": "queries", "pairs": "pairs"}.get(table.kind, "texts")
     name = "its test split" if evaluation.same_corpus else evaluation.name
-    remedy = "drop them from training: their results would be learned by heart"
+    remedy = f"their results would be learned by heart; train without them: {WRITE}"
     rows = np.flatnonzero(np.isin(mine, asked))
     found = list(_at("error", "leakage", table, keys, rows, f"{asking} that stand in {name} too", remedy))
     if "pos_doc" in keys.of and not evaluation.same_corpus:

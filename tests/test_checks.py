@@ -215,6 +215,7 @@ def test_a_real_model_counts_its_own_tokens(tmp_path: Path) -> None:
 
 def run(capsys: pytest.CaptureFixture[str], *sources: Path, **options: Any) -> tuple[int, str]:
     defaults = {"model": None, "evaluation": None, "split": "train", "kind": None, "column": None, "skip_bad": False}
+    defaults |= {"write": None}
     try:
         command([str(source) for source in sources], **(defaults | {"as_json": False} | options))
         code = 0

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kinvec.contracts import RecipeError
 from kinvec.doctor import QUICK, Checked, check_source, examine, near, to_json
 from kinvec.doctor.languages import languages
 from kinvec.files import open_data
@@ -40,7 +41,7 @@ def jaccard(a: str, b: str) -> float:
 
 
 def pairs_of(texts: list[str]) -> dict[tuple[int, int], float]:
-    pairs, similar = near.near_pairs(near.signatures([texts]), lambda numbers: [texts[i] for i in numbers])
+    pairs, similar = near.near_pairs(near.signatures([texts], len(texts)), lambda numbers: [texts[i] for i in numbers])
     return dict(zip(map(tuple, pairs.tolist()), similar.tolist(), strict=True))
 
 
@@ -96,7 +97,7 @@ def test_pairs_across_join_one_of_the_references_with_one_of_the_others() -> Non
     draw = random.Random(1)
     texts = [" ".join(words(draw, 30)) for _ in range(20)]
     both = texts + [f"{text} more" for text in texts[:5]] + texts[5:8] + texts[5:8]
-    signed = near.signatures([both])
+    signed = near.signatures([both], len(both))
     pairs, _ = near.near_pairs(signed, lambda numbers: [both[i] for i in numbers], references=20)
     assert {tuple(pair) for pair in pairs.tolist()} == {
         *((i, i + 20) for i in range(5)), *((i, i + 20) for i in range(5, 8)), *((i, i + 23) for i in range(5, 8))
@@ -106,9 +107,9 @@ def test_pairs_across_join_one_of_the_references_with_one_of_the_others() -> Non
 def test_signatures_do_not_depend_on_how_texts_are_cut_into_batches() -> None:
     draw = random.Random(2)
     texts = [" ".join(words(draw, draw.randint(0, 400))) for _ in range(200)]
-    whole = near.signatures([texts])
-    assert np.array_equal(whole, near.signatures([texts[:7], texts[7:8], texts[8:]]))
-    agree = np.mean(whole[0] == near.signatures([[texts[0]]])[0])
+    whole = near.signatures([texts], len(texts))
+    assert np.array_equal(whole, near.signatures([texts[:7], texts[7:8], texts[8:]], len(texts)))
+    agree = np.mean(whole[0] == near.signatures([[texts[0]]], 1)[0])
     assert agree == 1 and whole.shape == (200, 128)
 
 
@@ -118,7 +119,7 @@ def test_signatures_estimate_the_similarity(kept: float) -> None:
     originals = [words(draw, 80) for _ in range(300)]
     copies = [[word if draw.random() < kept else words(draw, 1)[0] for word in text] for text in originals]
     texts = [" ".join(text) for text in originals + copies]
-    signed = near.signatures([texts])
+    signed = near.signatures([texts], len(texts))
     places = np.arange(300)
     estimates = near._estimate(signed, places, places + 300)
     true = np.array([jaccard(texts[i], texts[i + 300]) for i in range(300)])
@@ -244,6 +245,16 @@ def test_labels_that_few_texts_have_are_named_and_imbalance_is_measured(tmp_path
     assert "labels" not in by_rule(check_source(jsonl(tmp_path / "even.jsonl", even)))
 
 
+def test_nearly_the_same_text_under_another_label_is_a_contradiction(tmp_path: Path) -> None:
+    draw = random.Random(10)
+    rows = [{"text": " ".join(words(draw, 12)), "label": "ab"[i % 2]} for i in range(60)]
+    rows += [{"text": f"{rows[4]['text']}?", "label": "b"}, {"text": f"{rows[5]['text']}?", "label": "b"}]
+    checked = check_source(jsonl(tmp_path / "rows.jsonl", rows))
+    (torn,), (near_duplicate,) = (by_rule(checked)[rule] for rule in ("near contradiction", "near duplicate"))
+    assert (torn.count, torn.line, torn.examples[0]["note"]) == (1, 5, "a and b")
+    assert near_duplicate.count == 2 and checked.drop.tolist() == [61]
+
+
 # --- Suspects ---
 
 
@@ -305,3 +316,29 @@ def test_the_verdict_is_of_all_sources_and_json_holds_everything(tmp_path: Path)
     assert set(finding) == {
         "severity", "rule", "file", "line", "message", "remedy", "count", "share", "examples"
     }  # fmt: skip
+
+
+def test_what_is_written_is_read_as_it_was_without_the_rows_that_are_better_left_out(tmp_path: Path) -> None:
+    draw = random.Random(11)
+    rows: list[dict[str, Any]] = [
+        {
+            "query": " ".join(words(draw, 9)), "query_id": f"q{i}", "pos_doc": [" ".join(words(draw, 30))],
+            "pos_id": [f"d{i}"], "neg_doc": [" ".join(words(draw, 30))], "neg_score": [0.5],
+        }
+        for i in range(60)
+    ]  # fmt: skip
+    test = [{"query": rows[7]["query"], "pos_doc": "x"}, {"query": f"{rows[8]['query']}!", "pos_doc": "y"}]
+    near_copy = rows[3] | {"query": f"{rows[3]['query']}?", "query_id": "q90"}
+    paraphrase = rows[4] | {"query": f"{rows[4]['query']}?", "query_id": "q91", "pos_id": ["d91"]}
+    paraphrase["pos_doc"] = [" ".join(words(draw, 30))]
+    path = jsonl(tmp_path / "rows.jsonl", [*rows, rows[2], near_copy, paraphrase])
+    evaluation, out = jsonl(tmp_path / "test.jsonl", test), tmp_path / "clean.jsonl"
+    (checked,) = check(path, evaluation=evaluation, write=out)
+    assert checked.wrong and checked.drop.tolist() == [7, 8, 60, 61]
+    before, after = (open_data(source).rows.drop_columns(["file", "line"]) for source in (path, out))
+    assert after.equals(before.take([row for row in range(63) if row not in (7, 8, 60, 61)]))
+    assert not check(out, evaluation=evaluation)[0].wrong
+    with pytest.raises(RecipeError, match="there already"):
+        check(path, write=out)
+    with pytest.raises(RecipeError, match="one source"):
+        check(path, path, write=tmp_path / "other.jsonl")

@@ -22,8 +22,9 @@ A side is `queries`, `documents` or `texts`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,16 @@ from kinvec.checks import Evaluation, Finding, Keys, TokenLimit
 from kinvec.contracts import Encoder
 from kinvec.doctor import rules
 from kinvec.doctor.texts import evenly, texts_of
-from kinvec.files import DataError, Table, beir, open_data
+from kinvec.files import DataError, Table, beir, open_data, write_lines
 
 LABELS = 200  # shown
 HEALTHY = "fit to train on; nothing found"
 SEVERITIES = ("error", "warning", "note")
+REPEATS = {
+    "texts": f"read some; without the rows that nearly repeat an earlier one: {checks.WRITE}",
+    "queries": f"read some; without the rows that, documents and all, nearly repeat an earlier one: {checks.WRITE}",
+    "documents": "in a batch one is a false negative of the other: objective.guide=MODEL masks it",
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,14 @@ class Checked:
     lengths: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     languages: dict[str, dict[str, int]] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
+    table: Table | None = field(default=None, repr=False)
+
+    @property
+    def drop(self) -> Int64[np.ndarray, " r"]:
+        """The rows of the table that are better left out."""
+        return np.unique(
+            np.concatenate([np.empty(0, np.int64), *(f.drop for f in self.findings if f.drop is not None)])
+        )
 
     @property
     def wrong(self) -> bool:
@@ -84,8 +98,9 @@ class Checked:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        found = {name: value for name, value in asdict(self).items() if name not in ("source", "summary")}
-        return {"source": self.source, "wrong": self.wrong, "verdict": self.verdict, "summary": self.summary, **found}
+        found = {name: value for name, value in vars(self).items() if name not in ("source", "table", "findings")}
+        findings = [finding.to_json() for finding in self.findings]
+        return {"source": self.source, "wrong": self.wrong, "verdict": self.verdict, "findings": findings, **found}
 
 
 def _counted(count: int, what: str) -> str:
@@ -96,6 +111,16 @@ def to_json(found: Sequence[Checked]) -> dict[str, Any]:
     """All sources and one verdict."""
     verdict = found[0].verdict if len(found) == 1 else "; ".join(f"{one.source}: {one.verdict}" for one in found)
     return {"verdict": verdict, "sources": [one.to_json() for one in found]}
+
+
+def write_clean(found: Checked, path: str | Path) -> int:
+    """Write the rows that are not better left out as JSON lines, which read as they did; returns how many they are."""
+    assert found.table is not None, "a source that cannot be read has no rows"
+    kept = np.setdiff1d(np.arange(len(found.table)), found.drop)
+    batches = checks.chosen_batches(found.table, found.table.arrow.schema.names[:-2], kept)  # without file and line
+    rows = (row for batch in batches for row in batch.to_pylist())
+    write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+    return len(kept)
 
 
 def check_source(
@@ -137,7 +162,7 @@ def examine(
     if effort.rows is not None and len(rows) > effort.rows:
         rows = rows[evenly(len(rows), effort.rows)]
     keys = checks.keys_of(table, None if len(rows) == len(table) else rows)
-    found = Checked(table.source, checks.summarise(table, keys), checks.row_findings(table, keys))
+    found = Checked(table.source, checks.summarise(table, keys), checks.row_findings(table, keys), table=table)
     found.looked["rows"] = (
         f"{len(keys):,} of {len(table):,} rows" if len(keys) < len(table) else f"all {len(keys):,} rows"
     )
@@ -157,10 +182,16 @@ def examine(
 
 
 def _examine_texts(found: Checked, table: Table, keys: Keys, evaluation: Evaluation | None, effort: Effort) -> None:
+    alike: dict[str, list[Int64[np.ndarray, " _"]]] = {}
+    repeats: list[Finding] = []
     for texts in texts_of(table, keys):
         side = texts.side
         drawn = rules.sketch(texts, effort.characters)
-        found.findings += rules.near_duplicates(drawn, "read some; keep one of each group")[0]
+        findings, groups = rules.near_duplicates(drawn, REPEATS[side])
+        repeats += findings
+        if table.kind == "labelled":
+            found.findings += rules.near_contradictions(texts, groups)
+        alike |= {name: [texts.keys[group] for group in groups] for name in texts.columns}
         found.looked[f"near duplicates, {side}"] = drawn.looked
         if evaluation is not None and side != "documents" and table.kind != "pairs":
             what = "a query" if side == "queries" else "a text"
@@ -174,6 +205,9 @@ def _examine_texts(found: Checked, table: Table, keys: Keys, evaluation: Evaluat
         )
         found.findings += findings
         found.looked[f"languages, {side}"] = looked
+    if repeats:
+        repeats[0] = replace(repeats[0], drop=keys.numbers[rules.near_repeats(keys, alike)])
+    found.findings += repeats
 
 
 def _examine_with_model(
@@ -187,9 +221,7 @@ def _examine_with_model(
             "all rows" if len(table) <= checks.SAMPLED_ROWS else f"{checks.SAMPLED_ROWS:,} rows"
         )
     if encoder is not None and table.kind == "retrieval":
-        from kinvec.doctor.suspects import (
-            false_negatives,
-        )  # with it come torch and scikit-learn, five seconds of imports
+        from kinvec.doctor.suspects import false_negatives  # imports torch and scikit-learn: seconds
 
         findings, looked = false_negatives(table, keys, encoder)
         found.findings += findings

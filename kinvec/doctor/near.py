@@ -69,10 +69,15 @@ def shingles(texts: Sequence[str]) -> tuple[UInt64[np.ndarray, " s"], Int64[np.n
     return hashes, owner[:-4][inside]
 
 
-def signatures(batches: Iterable[Sequence[str]]) -> UInt8[np.ndarray, "n 128"]:
-    """The MinHash signature of each text, in order; all zeros where it has no shingle."""
-    found = [_signed(chunk) for batch in batches for chunk in _chunks(batch)]
-    return np.concatenate([np.empty((0, BINS), np.uint8), *found])
+def signatures(batches: Iterable[Sequence[str]], count: int) -> UInt8[np.ndarray, "n 128"]:
+    """The MinHash signature of each of `count` texts, in order; all zeros where it has no shingle."""
+    signed = np.zeros((count, BINS), np.uint8)
+    start = 0
+    for chunk in (chunk for batch in batches for chunk in _chunks(batch)):
+        signed[start : start + len(chunk)] = _signed(chunk)
+        start += len(chunk)
+    assert start == count, f"{start} texts, not {count}"
+    return signed
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -6,14 +6,14 @@ Every rule takes the texts of a side, or the labels, and gives findings; counts 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
-from kinvec.checks import PLACES, Evaluation, Finding, Keys, Severity, quoted, shortened
+from kinvec.checks import PLACES, WRITE, Evaluation, Finding, Keys, Severity, quoted, repeated, shortened
 from kinvec.doctor import near
 from kinvec.doctor.languages import COMMON, NO_LANGUAGE, UNKNOWN, languages
 from kinvec.doctor.texts import Texts, evenly
@@ -53,7 +53,7 @@ class Sketch:
 def sketch(texts: Texts, characters: int) -> Sketch:
     """Signatures of all texts, or of so many evenly spread ones as have about this many characters."""
     numbers = texts.spread(SIGNED, characters)
-    return Sketch(texts, numbers, near.signatures(texts.batches(numbers)))
+    return Sketch(texts, numbers, near.signatures(texts.batches(numbers), len(numbers)))
 
 
 def _extent(some: int, of: int, side: str) -> str:
@@ -101,7 +101,7 @@ def near_leakage(drawn: Sketch, evaluation: Evaluation, asked: Sequence[Sequence
     known = np.concatenate([text_keys(side) for side in asked])
     others = [text for side in asked for text in _some(side)]
     new = np.flatnonzero(~np.isin(texts.keys[drawn.numbers], known))
-    signed = np.concatenate([near.signatures(_batches(others)), drawn.signed[new]])
+    signed = np.concatenate([near.signatures(_batches(others), len(others)), drawn.signed[new]])
 
     def read(places: Int64[np.ndarray, " _"]) -> list[str]:
         theirs = [others[place] for place in places[places < len(others)].tolist()]
@@ -124,10 +124,11 @@ def near_leakage(drawn: Sketch, evaluation: Evaluation, asked: Sequence[Sequence
         for at, number in sorted(zip(best.tolist(), numbers.tolist(), strict=True))[:PLACES]
     ]
     message = f"{texts.side} that nearly repeat {what} of {name} ({drawn.looked})"
-    remedy = "read them: where they ask the same, their results would be learned by heart"
+    remedy = f"read them: where they say the same, results would be learned by heart; train without them: {WRITE}"
     first = int(numbers.min())
     found = _finding(texts, first, "near leakage", message, remedy, len(mine), len(drawn.numbers), examples)
-    return [replace(found, severity="warning")]
+    rows = [texts.of.rows(name)[np.isin(texts.of.of[name], texts.keys[numbers])] for name in texts.columns]
+    return [replace(found, severity="warning", drop=texts.of.numbers[np.unique(np.concatenate(rows))])]
 
 
 def _some(texts: Sequence[str]) -> Iterator[str]:
@@ -140,6 +141,50 @@ def _some(texts: Sequence[str]) -> Iterator[str]:
 def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     for start in range(0, len(texts), AT_ONCE):
         yield texts[start : start + AT_ONCE]
+
+
+def near_repeats(keys: Keys, groups: Mapping[str, Sequence[Int64[np.ndarray, " _"]]]) -> Int64[np.ndarray, " r"]:
+    """The rows all of whose texts are, or nearly repeat, those of an earlier row, under the same label.
+
+    `groups` has, by column, the keys of texts that nearly repeat each other: each stands for the first of its group.
+    """
+    of = dict(keys.of)
+    for name, found in groups.items():
+        alike = np.concatenate([np.empty(0, np.int64), *(group[1:] for group in found)])
+        first = np.repeat([group[0] for group in found], [len(group) - 1 for group in found])
+        order = np.argsort(alike)
+        if len(alike):
+            at = np.minimum(np.searchsorted(alike[order], of[name]), len(alike) - 1)
+            same = alike[order][at] == of[name]
+            of[name] = np.where(same, first[order][at], of[name])
+    return repeated(replace(keys, of=of))
+
+
+def near_contradictions(texts: Texts, groups: Sequence[Int64[np.ndarray, " _"]]) -> list[Finding]:
+    """Texts that nearly repeat another and stand under another label."""
+    labels = texts.of.of["label"]
+    torn = [group for group in groups if len(np.unique(labels[texts.row[group]])) > 1]
+    if not torn:
+        return []
+    examples = []
+    for group in torn[:PLACES]:
+        different = np.sort(np.unique(labels[texts.row[group]], return_index=True)[1])
+        rows = texts.of.numbers[texts.row[group[different]]].tolist()
+        names = [str(texts.table.arrow.value("label", row)) for row in rows]
+        examples.append({"note": " and ".join(names), "texts": texts.contrasted(group[different])})
+    message = f"{texts.side} that nearly repeat one under another label (groups: {len(torn):,})"
+    count = sum(len(np.unique(labels[texts.row[group]])) - 1 for group in torn)
+    found = _finding(
+        texts,
+        int(torn[0][0]),
+        "near contradiction",
+        message,
+        "read them; decide for one label",
+        count,
+        len(texts),
+        examples,
+    )
+    return [replace(found, severity="warning")]
 
 
 # --- Lengths --------------------------------------------------------------------------------------------------------

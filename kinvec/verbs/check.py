@@ -27,17 +27,26 @@ def check(
     kind: str | None = None,
     columns: Mapping[str, Any] | None = None,
     skip_bad: bool = False,
+    write: str | Path | None = None,
 ) -> list[Checked]:
     """Examine each source of training data; `Checked.wrong` says whether training on it would be wrong.
 
     With `model` the texts it would cut are counted and false negatives are suspected; `evaluation` is data that
-    training must share no query with.
+    training must share no query with. `write` names a file for the rows of the one source without those whose absence
+    is a remedy. Raises `RecipeError` if it is there already, or there are several sources.
     """
-    from kinvec.doctor import check_source
+    from kinvec.doctor import check_source, write_clean
+
+    if write is not None and (len(sources) != 1 or Path(write).exists()):
+        what = f"{write} is there already; name a new file" if len(sources) == 1 else "--write takes one source"
+        raise RecipeError(what)
 
     encoder, limit = _opened(model) if model else (None, None)
     options: dict[str, Any] = {"split": split, "kind": kind, "columns": columns, "skip_bad": skip_bad}
-    return [check_source(source, evaluation=evaluation, limit=limit, encoder=encoder, **options) for source in sources]
+    found = [check_source(source, evaluation=evaluation, limit=limit, encoder=encoder, **options) for source in sources]
+    if write is not None and found[0].table is not None:
+        write_clean(found[0], write)
+    return found
 
 
 def _opened(model: str) -> tuple[Embedder, TokenLimit]:
@@ -71,6 +80,9 @@ def command(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Rows that cannot be read are dropped: warnings.")
     ] = False,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the data without the rows that are better left out.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all that was found as JSON.")] = False,
 ) -> None:
     """Examine training data: what is wrong with it, where, and the remedy. Exit code 1 if training would be wrong."""
@@ -84,12 +96,13 @@ def command(
         kind=kind,
         columns=_columns(column),
         skip_bad=skip_bad,
+        write=write,
     )
     if as_json:
         print(json.dumps(to_json(found), indent=2, ensure_ascii=False))
     else:
         for checked in found:
-            show(checked)
+            show(checked, write)
     if any(checked.wrong for checked in found):
         raise typer.Exit(1)
 
@@ -101,7 +114,7 @@ def _columns(given: list[str] | None) -> dict[str, str] | None:
     return {role: name for role, name in (pair.split("=", 1) for pair in given)} if given else None
 
 
-def show(checked: Checked) -> None:
+def show(checked: Checked, written: Path | None = None) -> None:
     """The summary, a table of findings (worst first), the verdict, and what was not looked at."""
     from rich.console import Console
 
@@ -110,6 +123,11 @@ def show(checked: Checked) -> None:
     if checked.findings:
         console.print(_finding_table(checked))
     console.print(f"{checked.source}: {checked.verdict}.", markup=False, style="bold")
+    if written is not None and checked.table is not None:
+        kept = len(checked.table) - len(checked.drop)
+        console.print(f"{written}: {kept:,} rows, {len(checked.drop):,} left out.", markup=False)
+    elif len(checked.drop):
+        console.print(f"{len(checked.drop):,} rows are better left out: add --write FILE.", markup=False)
     for rule, remedy in checked.not_looked.items():
         console.print(f"{rule}: not looked for; {remedy}", markup=False, style="dim")
 
