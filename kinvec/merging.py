@@ -19,8 +19,8 @@ the guard's test data, which choose only where the guard has no dev data (`chose
     guards    name → {metric, tolerance, chosen_on: dev | test, base, full: DROP, model: DROP}
     measure   the run's dev measure that chooses, such as nDCG@10; null where there was no sweep
     points    the curves: [{share, dev: value, guards: {name: DROP}}], shares ascending; [] where there was no sweep
-    retained  what a mixture keeps of the gain on the run's test data, in full and as chosen:
-              name → {metric, base, full, model, retained, low, high}; {} unless a mixture was chosen
+    retained  what a mixture keeps of the gain, on the run's test data and each further task: name → {metric, base,
+              full, model, retained, low, high}; {} unless a mixture was chosen
 
 where DROP is {value, difference, low, high, p}: the figure, its difference to the base (a drop is negative) with the
 95 % paired interval, and the p-value. `full` is the tuned model as trained, `model` what `model/` holds. The results
@@ -150,11 +150,8 @@ def _judged(told: dict[str, Any], guards: Sequence[Guard], base: Path, folder: P
             "chosen_on": "test" if guard.dev is guard.problem else "dev", "base": before.metrics[metric],
         }  # fmt: skip
         found[guard.name] = said | found.get(guard.name, {}) | {model: drop(before, after, metric)}
-    return (
-        {"verdict": None, "said": "", "share": 1.0, "measure": None, "points": [], "retained": {}}
-        | told
-        | {"guards": found}
-    )
+    nothing = {"verdict": None, "said": "", "share": 1.0, "measure": None, "points": [], "retained": {}}
+    return nothing | told | {"guards": found}
 
 
 def drop(base: Result, other: Result, metric: str) -> Drop:
@@ -240,13 +237,13 @@ def _measure(guard: Guard, encoder: Embedder, metric: str) -> Result:
 
 
 def choose(points: Sequence[Mapping[str, Any]], guards: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The share with the best dev measure among those that keep every guard with the whole interval; of equals the
-    largest. None where no share above 0 does.
+    """The share with the best dev measure among the mixtures that keep every guard with the whole interval; of equals
+    the largest. None where none does.
     """
     keeping = [
         point
         for point in points
-        if point["share"] > 0
+        if 0 < point["share"] < 1  # the tuned model itself has broken a guard, if not on these data
         and all(point["guards"][name]["low"] >= -guard["tolerance"] for name, guard in guards.items())
     ]
     return max(keeping, key=lambda point: (point["dev"], point["share"]))["share"] if keeping else None

@@ -105,8 +105,8 @@ def point(share: float, dev: float, **low: float) -> dict[str, Any]:
 def test_the_best_share_whose_whole_interval_keeps_to_every_tolerance_is_chosen() -> None:
     guards = {"a": {"tolerance": 0.01}, "b": {"tolerance": 0.05}}
     kept = [point(0.0, 0.9, a=0, b=0), point(0.2, 0.4, a=-0.001, b=-0.01), point(0.4, 0.6, a=-0.009, b=-0.05)]
-    beyond = [point(0.6, 0.8, a=-0.011, b=-0.01), point(0.8, 0.9, a=-0.001, b=-0.051)]
-    assert merging.choose([*kept, *beyond], guards) == 0.4, "not the base itself, nor what breaks either guard"
+    beyond = [point(0.6, 0.8, a=-0.011, b=-0.01), point(0.8, 0.9, a=-0.001, b=-0.051), point(1.0, 0.9, a=0, b=0)]
+    assert merging.choose([*kept, *beyond], guards) == 0.4, "not the base or the tuned model, nor what breaks a guard"
     assert merging.choose([*kept, point(0.5, 0.5, a=0, b=0)], guards) == 0.4, "the best on dev, not the largest"
     assert merging.choose([*kept, point(0.5, 0.6, a=0, b=0)], guards) == 0.5, "of equals the largest"
     assert merging.choose([kept[0], *beyond], guards) is None
