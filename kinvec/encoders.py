@@ -37,6 +37,7 @@ class LastingEncoder(Encoder, Protocol):
 LIBRARY = "st:"  # before the name of a model that sentence-transformers itself is to open
 SERVER = ("http://", "https://")
 SIDES = ("query", "document")
+REMEMBERED = 4 << 30
 
 
 def open_encoder(
@@ -62,6 +63,32 @@ def open_encoder(
     if name.startswith(LIBRARY):
         return LibraryEncoder(name.removeprefix(LIBRARY), precision, device, prompts)
     return with_prompts(Embedder.load(name, precision=precision, device=device), prompts)
+
+
+class Remembering:
+    """An encoder that keeps the vectors of documents: of several searches of one corpus, the first one encodes it.
+
+    At most `REMEMBERED` bytes are kept; a block of documents beyond that is encoded again.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder, self.name = encoder, encoder.name
+        self.kept: dict[int, np.ndarray] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoder, name)
+
+    def encode_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        return self.encoder.encode_queries(texts)
+
+    def encode_documents(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        key = hash(tuple(texts))
+        vectors = self.kept.get(key)
+        if vectors is None:
+            vectors = self.encoder.encode_documents(texts)
+            if vectors.nbytes + sum(block.nbytes for block in self.kept.values()) <= REMEMBERED:
+                self.kept[key] = vectors
+        return vectors
 
 
 def _joined(name: str, parts: Iterable[np.ndarray], rows: int) -> Float32[np.ndarray, "n d"]:

@@ -25,6 +25,7 @@ KINDS = {
     "triplets.csv": "retrieval",
     "nli.csv": "retrieval",
     "pairs.csv": "pairs",
+    "duplicates.csv": "pairs",
     "intents.csv": "labelled",
     "texts.jsonl": "texts",
 }
@@ -85,7 +86,7 @@ def _my_data(folder: Path) -> None:
         {"train": ["query-id\tcorpus-id\tscore"], "test": ["query-id\tcorpus-id\tscore"]},
     )
     for i, (animal, act) in enumerate(product(ANIMALS, ACTS)):
-        documents.append({"_id": f"d{i}", "title": f"The {animal}", "text": f"It {act}."})
+        documents.append({"_id": f"d{i}", "title": f"The {animal}", "text": f"It {act}.", "source": animal[0]})
         queries.append({"_id": f"q{i}", "text": f"What {act}, and is a {animal}?"})
         judged["train" if i % 4 else "test"].append(f"q{i}\td{i}\t1")
     for name, rows in (("corpus", documents), ("queries", queries)):
@@ -175,5 +176,6 @@ def test_the_pages_do_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert _run("docs/training.md", tmp_path) == {"train", "prepare"}
     assert _run("docs/mining.md", tmp_path) == {"mine", "train"}
     assert _run("docs/evaluation.md", tmp_path) == {"evaluate", "compare", "embed"}
+    assert _run("docs/comparing.md", tmp_path) == {"compare", "train"}
     assert _run("docs/model-folder.md", tmp_path) == set()
     assert _run("docs/from-nemo.md", tmp_path) == {"convert", "info"}

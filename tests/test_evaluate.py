@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import MINILM
+from test_tasks import Words
 
-from kinvec import tasks
+from kinvec import Embedder, tasks
 from kinvec.cli import load_verb
 from kinvec.contracts import KinvecError, RecipeError
 from kinvec.verbs.evaluate import evaluate
@@ -98,3 +100,32 @@ def test_the_command_prints_a_table_and_json(beir: Path, tmp_path: Path, capsys:
     told = json.loads(capsys.readouterr().out)
     assert told["metrics"]["R@10"] == 0.5 and told["queries"] == 2
     assert told["metrics"] == json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+
+
+def test_several_splits_are_scored_with_one_encoding_of_the_corpus(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[..., tuple[int, str]]
+) -> None:
+    (beir / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td2\t1\n")
+    encoded: list[int] = []
+    original = Embedder.encode_documents
+
+    def counting(self: Embedder, texts: Sequence[str]) -> Any:
+        encoded.append(len(texts))
+        return original(self, texts)
+
+    monkeypatch.setattr(Embedder, "encode_documents", counting)
+    command = ("evaluate", "--model", MINILM, "--data", str(beir), "--precision", "fp32", "--split", "dev")
+    code, said = main(*command, "--split", "test", "--out", str(tmp_path / "both"))
+    assert code == 0 and "tiny, dev: 1 queries" in said and "tiny, test: 2 queries" in said and encoded == [3]
+    found = tasks.load_results(tmp_path / "both")
+    assert list(found) == ["tiny, dev", "tiny, test"] and found["tiny, dev"].metrics["RR@10"] < 1
+    alone = evaluate(MINILM, beir, precision="fp32")
+    assert found["tiny, test"].metrics == alone.metrics and found["tiny, test"].fingerprint == alone.fingerprint
+    encoded.clear()
+    code, said = main(*command, "--split", "train")
+    assert code == 1 and "there are no judgements for the split 'train'" in said and not encoded
+
+
+def test_an_encoder_of_ones_own_is_measured(beir: Path) -> None:
+    result = evaluate(Words(), beir)
+    assert result.model == "words" and list(result.metrics) == list(tasks.MEASURES)

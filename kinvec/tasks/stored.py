@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,14 @@ def load_result(folder: str | Path) -> Result:
 
 
 def load_results(folder: str | Path) -> dict[str, Result]:
-    """The results of a folder by task: its own, or those of its sub-folders (as a run's `results/base`)."""
+    """The results of a folder by task: its own, or those of its sub-folders (as a run's `results/base`).
+
+    Where a task was measured on several splits, they are part of the name.
+    """
     folder = Path(folder)
     places = [folder] if (folder / MANIFEST).exists() else sorted(p.parent for p in folder.glob(f"*/{MANIFEST}"))
     if not places:
         raise KinvecError(f"{folder}: there is no result here, nor in a sub-folder; run kinvec evaluate --out {folder}")
     found = [load_result(place) for place in places]
-    return {result.task: result for result in found}
+    times = Counter(result.task for result in found)
+    return {f"{one.task}, {one.split}" if times[one.task] > 1 else one.task: one for one in found}

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from kinvec.contracts import Problem, Qrels, Result, RetrievalData
+    from kinvec.contracts import Encoder, Problem, Qrels, Result, RetrievalData
 
 
 def evaluate(
-    model: str | Path | None = None,
+    model: str | Path | Encoder | None = None,
     data: str | Path | None = None,
     *,
     split: str = "test",
@@ -32,14 +32,14 @@ def evaluate(
 ) -> Result:
     """Evaluate `model` on `data`: retrieval (BEIR folder, examples), pairs or labelled texts, whichever it is.
 
-    `task`, a key of `files.TASKS`, says it where the data leave a choice: `reranking`, `clustering`, ….
-    `model`, `prompts` and `api_model` are those of `encoders.open_encoder`: a model of ours, one that
-    sentence-transformers opens (`st:NAME`), or one on a server (`https://HOST/v1`). `model` may be `bm25`, the lexical
-    baseline by itself. With `embeddings`, a folder that `kinvec embed` wrote, its
-    vectors are scored instead of a model, by the judgements of `data` or by its own. `measures` default to
-    the task's own. With `cheaper` the result also says what fewer dimensions (`dimensions`: which) and bits cost
-    (`tasks.cheaper`). With `out` the result is written there. Raises `RecipeError` for arguments that do not go
-    together and `KinvecError` for what is wrong with data or model, before anything is encoded.
+    `task`, a key of `files.TASKS`, says it where the data leave a choice: `reranking`, `clustering`, …. `model` is an
+    encoder of your own, or, with `prompts` and `api_model`, a name that `encoders.open_encoder` knows: a model
+    of ours, one that sentence-transformers opens (`st:NAME`), or one on a server (`https://HOST/v1`); `bm25` is the
+    lexical baseline by itself. With `embeddings`, a folder that `kinvec embed` wrote, its vectors are scored instead of
+    a model, by the judgements of `data` or by its own. `measures` default to the task's own. With `cheaper` the result
+    also says what fewer dimensions (`dimensions`: which) and bits cost (`tasks.cheaper`). With `out` the result is
+    written there. Raises `RecipeError` for arguments that do not go together and `KinvecError` for what is wrong with
+    data or model, before anything is encoded.
     """
     from kinvec import tasks
     from kinvec.backbone import set_threads
@@ -63,9 +63,9 @@ def evaluate(
     if embeddings is not None:
         result = _score_vectors(Path(embeddings), data, split, measures, dimensions if cheaper else None)
     else:
-        assert data is not None
+        assert model is not None and data is not None
         result = _score_model(
-            str(model), _opened(data, split, task), measures, dimensions if cheaper else None,
+            model, _opened(data, split, task), measures, dimensions if cheaper else None,
             precision=precision, device=device, prompts=prompts, api_model=api_model,
         )  # fmt: skip
     if out is not None:
@@ -84,22 +84,23 @@ def _opened(data: str | Path, split: str, task: str | None) -> Problem:
 
 
 def _score_model(
-    model: str, data: Problem, measures: Sequence[str], cheaper: Sequence[int] | None, **opening: Any
+    model: str | Path | Encoder, data: Problem, measures: Sequence[str], cheaper: Sequence[int] | None, **opening: Any
 ) -> Result:
     """Score a model; where `cheaper` is given, cheaper vectors too, of these dimensions or the usual ones."""
     from kinvec import tasks
     from kinvec.contracts import RecipeError, RetrievalData
     from kinvec.encoders import open_encoder
 
-    if cheaper is not None and (model.lower() == "bm25" or data.kind != "retrieval"):
+    lexical = isinstance(model, str) and model.lower() == "bm25"
+    if cheaper is not None and (lexical or data.kind != "retrieval"):
         raise RecipeError("--cheaper measures vectors on queries with judged documents; leave it out here")
-    if model.lower() == "bm25":
+    if lexical:
         if not isinstance(data, RetrievalData):
             raise RecipeError("bm25 searches; it does not score pairs of texts. Name a model")
         if data.kind == "reranking":
             return tasks.lexical_reranking(data, measures)
         return tasks.bm25(data, tuple(measures) or tasks.MEASURES)
-    encoder = open_encoder(model, **opening)
+    encoder = open_encoder(str(model), **opening) if isinstance(model, str | Path) else model
     if cheaper is not None:
         assert isinstance(data, RetrievalData)
         return tasks.with_cheaper(data, encoder, measures, cheaper)
@@ -176,7 +177,9 @@ def command(
     data: Annotated[
         str | None, typer.Option(help="A BEIR folder, a file of examples, scored pairs, or labelled texts.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Which judgements to score by.")] = "test",
+    split: Annotated[
+        list[str] | None, typer.Option(help="Which judgements to score by; test unless set. May be repeated.")
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -209,21 +212,43 @@ def command(
     margin of the triplets; reranking orders the judged documents alone. Scored pairs give Spearman and Pearson, pairs
     labelled 0 and 1 average precision, labelled texts accuracies, silhouette and v-measure.
     """
-    result = evaluate(
-        model, data, split=split, task=task, out=out, embeddings=embeddings, measures=measure or (),
+    results = _of_splits(
+        model, data, split or ["test"], task=task, out=out, embeddings=embeddings, measures=measure or (),
         prompts=dict(_prompt(given) for given in prompt or ()), api_model=api_model, cheaper=cheaper,
         dimensions=dimension or (), precision=precision, device=device, threads=threads,
     )  # fmt: skip
     if as_json:
         from kinvec.tasks import summary
 
-        print(json.dumps(summary(result), indent=2, ensure_ascii=False))
-    else:
+        told = [summary(result) for result in results]
+        print(json.dumps(told if len(told) > 1 else told[0], indent=2, ensure_ascii=False))
+        return
+    for result in results:
         show(result)
         if result.cheaper:
             show_cheaper(result.cheaper)
-        if out is not None:
-            print(f"written to {out}")
+    if out is not None:
+        print(f"written to {out}")
+
+
+def _of_splits(
+    model: str | None, data: str | None, splits: Sequence[str], *, task: str | None, out: Path | None, **settings: Any
+) -> list[Result]:
+    """The result of each split, of several in a folder of its own; the model is opened, and a corpus encoded, once."""
+    from kinvec.encoders import Remembering, open_encoder
+    from kinvec.files import open_problem
+
+    if len(splits) == 1:
+        return [evaluate(model, data, split=splits[0], task=task, out=out, **settings)]
+    encoder: Encoder | str | None = model
+    if model is not None and data is not None:
+        for split in splits:  # all of them are there, or nothing is begun
+            open_problem(data, split=split, task=task)
+        if model.lower() != "bm25":
+            opening = ("prompts", "api_model", "precision", "device")
+            encoder = Remembering(open_encoder(model, **{name: settings[name] for name in opening}))
+    places = {split: out / split if out is not None else None for split in dict.fromkeys(splits)}
+    return [evaluate(encoder, data, split=split, task=task, out=place, **settings) for split, place in places.items()]
 
 
 def _prompt(given: str) -> tuple[str, str]:
