@@ -15,13 +15,13 @@ class DataSettings(Settings):
     train: str = ""
     """Training data: a BEIR folder, or a file of retrieval examples (JSON, JSONL, CSV, Parquet), SQuAD, triplets."""
     dev: str | None = None
-    """Data that chooses the best checkpoint; unset, the dev split of a BEIR folder, else a held-out share of train."""
+    """Data that chooses the best checkpoint; unset, the dev split beside train's, else a held-out share of train."""
     test: str | None = None
-    """Data for the evaluation before and after; unset, the test split of a BEIR folder, else a held-out share."""
+    """Data for the evaluation before and after; unset, the test split beside train's, else a held-out share."""
     split: str = "train"
-    """The split of a BEIR folder to train on."""
+    """The split of a folder or hub data set to train on."""
     test_split: str = "test"
-    """The split of a BEIR folder to evaluate on."""
+    """The split of a folder or hub data set to evaluate on."""
     labels: list[str] | None = None
     """Of labelled texts, those of these labels only; unset, all."""
     texts_per_label: int = Field(4, ge=2)

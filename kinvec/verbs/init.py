@@ -45,7 +45,7 @@ trainer:
 
 HELD_OUT = """\
   # dev: path/to/dev       # chooses the best checkpoint; without it 10 % of the training queries are held out
-  # test: path/to/test     # judges base and tuned model; without it the test split of a BEIR folder, else another 10 %
+  # test: path/to/test     # judges base and tuned model; without it the test split of a folder, else another 10 %
 """
 NAMED = """\
   # test: path/to/test     # queries with documents, scored pairs or labels: judges base and tuned model; texts cannot
