@@ -57,7 +57,7 @@ class Effort:
     languages: int = 2000
 
 
-QUICK = Effort(rows=50_000, characters=50_000_000, languages=1000)  # for a run: some seconds, however large the data
+QUICK = Effort(rows=30_000, characters=30_000_000, languages=1000)  # for a run: some seconds, however large the data
 
 
 @dataclass
