@@ -231,14 +231,20 @@ def _take_over(results: Path, folder: Path) -> None:
 
 
 def evaluate_into(folder: Path, embedder: Embedder, data: RunData) -> None:
-    """Evaluate on all that the run names, but for results that are there already."""
+    """Evaluate on all that the run names, but for results that are there; where it is quick, cheaper vectors too."""
+    dimensions = sorted({m for one in data.sets for m in one.settings.objective.dimensions})
     for name, problem, measures, prompts in measured(data):
         place = folder / name
         if (place / "results.json").is_file():
             continue
         sizes = ", ".join(f"{count:,} {what}" for what, count in KINDS["texts"].sizes(problem).items())
         say(f"evaluating {folder.name} on {name}: {sizes}")
-        tasks.save_result(tasks.measure(problem, with_prompts(embedder, prompts), measures), place)
+        prompted = with_prompts(embedder, prompts)
+        if tasks.small_enough(problem, measures):
+            result = tasks.with_cheaper(problem, prompted, measures, dimensions)
+        else:
+            result = tasks.measure(problem, prompted, measures)
+        tasks.save_result(result, place)
 
 
 def _develop(one: OpenSet, embedder: Embedder, batch_size: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ import pytest
 from sentence_transformers.util.quantization import quantize_embeddings
 from test_tasks import Words, problem
 
+import kinvec
 from kinvec import Embedder, metrics, tasks
 from kinvec.contracts import Corpus, PairData, Qrels
 from kinvec.quantising import from_bits, from_int8, ranges_of, to_bits, to_int8
@@ -143,9 +144,9 @@ def test_the_figures_of_a_row_are_those_of_its_queries(space: tuple[np.ndarray, 
     assert last["difference"]["value"] == pytest.approx(values[1].mean() - values[0].mean())
     assert last["kept"] == pytest.approx(values[1].mean() / values[0].mean())
     for told, column in ((last["interval"], values[1]), (full["interval"], values[0])):
-        assert told == pytest.approx(metrics.bootstrap_mean(column))
+        assert told == pytest.approx(metrics.mean_interval(column))
     paired = last["difference"]["low"], last["difference"]["high"]
-    assert paired == pytest.approx(metrics.bootstrap_mean(values[1] - values[0]))
+    assert paired == pytest.approx(metrics.mean_interval(values[1] - values[0]))
 
 
 def test_inner_products_are_not_scaled_after_the_cut() -> None:
@@ -215,6 +216,24 @@ def test_what_cannot_be_measured_is_said(
         assert code == 2 and said in told, told
 
 
+def test_a_run_measures_the_dimensions_it_trains_before_and_after(
+    tiny_folder: Path, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    settings = {"trainer.max_steps": 1, "trainer.batch_size": 8, "objective.dimensions": "[32,20]", "precision": "fp32"}
+    given = settings | {
+        "model": tiny_folder,
+        "data.train": tiny_pairs,
+        "data.test": tiny_pairs,
+        "out": tmp_path / "run",
+    }
+    kinvec.train("scifact", [f"{key}={value}" for key, value in given.items()])
+    for side in ("base", "tuned"):
+        (result,) = tasks.load_results(tmp_path / "run" / "results" / side).values()
+        rows = result.cheaper["rows"]
+        assert {row["dimensions"] for row in rows} == {32, 20}
+        assert rows[0]["metrics"]["nDCG@10"] == pytest.approx(result.metrics["nDCG@10"])
+
+
 def test_the_dimensions_trained_are_tried_and_large_searches_wait_to_be_asked(tiny_folder: Path) -> None:
     model = Embedder.load(tiny_folder)
     assert trained_dimensions(model) == []
@@ -224,4 +243,8 @@ def test_the_dimensions_trained_are_tried_and_large_searches_wait_to_be_asked(ti
     assert sorted({row["dimensions"] for row in result.cheaper["rows"]}) == [12, 64]
     assert small_enough(problem())
     many = replace(problem(), corpus=Corpus([""] * 100_001, [""] * 100_001))
-    assert not small_enough(many) and not small_enough(PairData(["a"], ["b"], [1.0], ""))
+    assert (
+        not small_enough(many)
+        and not small_enough(problem(), ["margin"])
+        and not small_enough(PairData(["a"], ["b"], [1.0], ""))
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
@@ -17,16 +17,16 @@ from jaxtyping import Float, Float32, Int64
 from kinvec import metrics
 from kinvec.console import progress
 from kinvec.contracts import Encoder, Problem, Qrels, RecipeError, Result, RetrievalData
-from kinvec.metrics.resampling import RESAMPLES, counts, draw_items, interval
 from kinvec.quantising import PRECISIONS, Precision, Ranges, ranges_of
 from kinvec.tasks.evaluation import ENCODE_ROWS, retrieval, scaling
 from kinvec.tasks.rankings import MEASURES
+from kinvec.tasks.statistics import statistic
 from kinvec.tasks.triplets import chosen
 from kinvec.topk import pair_scores, rank_ids, top_k
 
 OVERSAMPLING = 4  # candidates for each result where they are scored again (Yamada et al. 2021 and later practice)
 HALVINGS, FEWEST = 3, 8  # unless dimensions are named: all, a half, a quarter, an eighth; not below so many
-DOCUMENTS, PAIRS = 100_000, 500_000_000  # of a search that is small enough to do it unasked: vectors held, scores
+DOCUMENTS, PAIRS = 100_000, 100_000_000  # of a search that is small enough to do it unasked: vectors held, scores
 
 Side = tuple[Sequence[str], Sequence[np.ndarray]]
 """Ids, and the shards [_, d] of their vectors, in the same order."""
@@ -65,11 +65,12 @@ def with_cheaper(
     return result
 
 
-def small_enough(data: Problem) -> bool:
-    """Whether `with_cheaper` costs little beside encoding: at most `DOCUMENTS` documents and `PAIRS` scores."""
+def small_enough(data: Problem, measures: Sequence[str] = ()) -> TypeGuard[RetrievalData]:
+    """Whether `with_cheaper` can be done, at little cost: by rankings, of `DOCUMENTS` and `PAIRS` at most."""
     return (
         isinstance(data, RetrievalData)
         and data.kind == "retrieval"
+        and bool(chosen(data.qrels, measures, MEASURES)[0])
         and len(data.corpus) <= DOCUMENTS
         and len(data.corpus) * len(data.qrels) <= PAIRS
     )
@@ -119,7 +120,7 @@ def cheaper(
     whole = np.concatenate([np.asarray(part, dtype=np.float32) for part in queries[1]])
     space = _Space(whole[[place[query] for query in qrels]], documents[1], documents[0], similarity)
     tried = _dimensions(whole.shape[1], dimensions)
-    depth, rows, columns = metrics.search_depth(names), list[dict[str, Any]](), list[dict[str, np.ndarray]]()
+    depth, rows, full = metrics.search_depth(names), list[dict[str, Any]](), None
     with progress("cheaper vectors", len(tried) * len(PRECISIONS)) as bar:
         for m in tried:
             ranges = ranges_of(space.blocks(m))
@@ -127,11 +128,10 @@ def cheaper(
                 said = {"dimensions": m, "precision": precision, "bytes": how.bytes(m)}
                 for rescored, best in enumerate(_rankings(space, ranges, how, depth)):
                     named = ([space.ids[row] for row in of_query] for of_query in best.tolist())
-                    rows.append(said | {"rescored": bool(rescored)})
-                    columns.append(metrics.retrieval(names, qrels, dict(zip(qrels, named, strict=True))))
+                    values = metrics.retrieval(names, qrels, dict(zip(qrels, named, strict=True)))
+                    full = values[names[0]] if full is None else full
+                    rows.append(said | {"rescored": bool(rescored)} | _figures(values, full))
                 bar.advance()
-    for row, values, told in zip(rows, columns, _statistics(np.stack([c[names[0]] for c in columns])), strict=True):
-        row |= {"metrics": {name: metrics.mean(values[name]) for name in names}} | told
     return {"measure": names[0], "oversampling": OVERSAMPLING, "rows": rows}
 
 
@@ -173,17 +173,14 @@ def _rescored(
     return np.take_along_axis(rows, np.lexsort((rank_ids(ids)[rows], -scores)), axis=1)
 
 
-def _statistics(values: Float[np.ndarray, "r q"]) -> Iterator[dict[str, Any]]:
-    """Of every row of values: its interval, its difference to the first row, and the share of its mean that is kept.
-
-    All rows share the draws, which are most of the work.
-    """
-    r, n = values.shape
-    both = np.concatenate([values, values - values[0]]).T
-    means = np.concatenate([counts(drawn, n) @ both / n for drawn in draw_items(n, 0, RESAMPLES, 2 * r)])
-    spread = [interval(column) for column in means.T]
-    full = float(values[0].mean())
-    for own, mean in enumerate(values.mean(axis=1).tolist()):
-        low, high = spread[r + own]
-        difference = {"value": mean - full, "low": low, "high": high}
-        yield {"interval": list(spread[own]), "difference": difference, "kept": mean / full if full else None}
+def _figures(values: dict[str, np.ndarray], full: np.ndarray) -> dict[str, Any]:
+    """Means of all measures; of the first its interval, its difference to full vectors, and the share that is kept."""
+    first = next(iter(values))
+    low, high = metrics.mean_interval(values[first] - full)
+    value, whole = metrics.mean(values[first]), metrics.mean(full)
+    return {
+        "metrics": {name: metrics.mean(column) for name, column in values.items()},
+        "interval": list(statistic(first).interval(values)),
+        "difference": {"value": value - whole, "low": low, "high": high},
+        "kept": value / whole if whole else None,
+    }
