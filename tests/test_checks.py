@@ -236,7 +236,11 @@ def test_the_command_shows_a_table_and_exits_1_if_training_would_be_wrong(
         and "rows 5, queries 5, documents 10" in " ".join(shown.split())
     )
     code, shown = run(capsys, clean, wrong)
-    assert code == 1 and "line 6" in shown and "training on this would be wrong" in " ".join(shown.split())
+    assert (
+        code == 1
+        and "line 6" in " ".join(shown.split())
+        and "training on this would be wrong" in " ".join(shown.split())
+    )
     assert run(capsys, wrong, skip_bad=True)[0] == 0
 
 

@@ -139,12 +139,11 @@ def check_source(
         table = open_data(source, split=split, kind=kind, columns=columns, skip_bad=True)
     except DataError as error:
         return Checked(str(source), findings=[checks.as_finding("error", error)])
-    folder = Path(source)
-    judged = None
-    if evaluation is not None:
-        judged = checks.open_evaluation(evaluation)
-    elif beir.is_beir(folder) and split != "test" and "test" in beir.splits(folder):
-        judged = checks.open_evaluation(source, same_corpus=True)
+    folder, judged = Path(source), None
+    own = beir.is_beir(folder) and split != "test" and "test" in beir.splits(folder)
+    if evaluation is not None or own:
+        same_corpus = own and evaluation in (None, source)
+        judged = checks.open_evaluation(evaluation or source, same_corpus=same_corpus)
     found = examine(table, judged, limit=limit, encoder=encoder)
     found.findings += checks.unreadable(table, skip_bad)
     if beir.is_beir(folder):

@@ -14,7 +14,7 @@ from typing import Any
 
 SURE = 0.9  # probability from which on a language is taken as told
 COMMON = 0.02  # share of texts from which on a language is one of the data's own
-LETTERS = 200  # characters of a text that are read
+LETTERS = 500  # characters of a text that are read: of fewer, a name or two in another script decide
 UNKNOWN, NO_LANGUAGE = "und", "zxx"  # ISO 639-2: undetermined; no linguistic content (numbers, markup, identifiers)
 
 

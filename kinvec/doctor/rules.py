@@ -285,7 +285,7 @@ def label_balance(table: Table, keys: Keys) -> tuple[list[Finding], dict[str, in
             f"labels are out of balance: {names[0]} has {counts[0]:,} texts, {names[-1]} {counts[-1]:,}; as diverse as "
             f"{effective:.1f} equally common ones of {len(counts)}"
         )
-        remedy = "trainer batches draw labels evenly; judge by macro F1 or per label, not by accuracy"
+        remedy = "for training, none: batches draw all labels alike; judge label by label, not by accuracy in all alone"
         found.append(_label_finding("note", table, keys, first[:1], names, message, remedy, np.arange(len(counts))))
     return found, balance
 

@@ -127,7 +127,8 @@ def show(checked: Checked, written: Path | None = None) -> None:
         kept = len(checked.table) - len(checked.drop)
         console.print(f"{written}: {kept:,} rows, {len(checked.drop):,} left out.", markup=False)
     elif len(checked.drop):
-        console.print(f"{len(checked.drop):,} rows are better left out: add --write FILE.", markup=False)
+        many = "1 row is" if len(checked.drop) == 1 else f"{len(checked.drop):,} rows are"
+        console.print(f"{many} better left out; the same command with --write FILE writes the others.", markup=False)
     for rule, remedy in checked.not_looked.items():
         console.print(f"{rule}: not looked for; {remedy}", markup=False, style="dim")
 
@@ -147,18 +148,18 @@ def _finding_table(checked: Checked) -> Any:
     colours = {"error": "bold red", "warning": "yellow", "note": "dim"}
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    table.add_column("finding", ratio=3)
-    table.add_column("where", no_wrap=True, overflow="fold")
     table.add_column("count", justify="right")
     table.add_column("share", justify="right")
-    table.add_column("remedy", ratio=2)
+    table.add_column("finding, where, example, remedy")
     for finding in checked.findings:
-        example = [Text(line, "dim", no_wrap=True, overflow="ellipsis") for line in _example(finding)]
+        place = _place(finding, checked.source)
+        told = [
+            Text.assemble(finding.message, (f"  {place}", "cyan")),
+            *(Text(line, "dim", no_wrap=True, overflow="ellipsis") for line in _example(finding)),
+            Text(f"→ {finding.remedy}"),
+        ]
         share = "" if finding.share is None else f"{finding.share:.1%}"
-        cells = (_place(finding, checked.source), f"{finding.count:,}", share, finding.remedy)
-        table.add_row(
-            Text(finding.severity, colours[finding.severity]), Group(Text(finding.message), *example), *map(Text, cells)
-        )
+        table.add_row(Text(finding.severity, colours[finding.severity]), f"{finding.count:,}", share, Group(*told))
     return table
 
 
@@ -175,5 +176,5 @@ def _place(finding: Finding, source: str) -> str:
     """The place, without what the summary names already."""
     inside = finding.file.removeprefix(source).lstrip("/")
     if not inside:
-        return f"line {finding.line}" if finding.line else ""
+        return f"line\u00a0{finding.line}" if finding.line else ""  # a space that does not break
     return f"{inside}:{finding.line}" if finding.line else inside
