@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Test processes of one thread each: on two cores twice as fast as one process of two threads.
 WORKERS ?= 2
 
-.PHONY: setup demo test check docs bench ladder models chromium constraints
+.PHONY: setup demo test check docs bench intervals ladder models chromium constraints
 
 setup: $(SETUP)
 
@@ -36,6 +36,9 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py
+
+intervals: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/intervals.py
 
 ladder: setup
 	$(BIN)/python benchmarks/ladder.py

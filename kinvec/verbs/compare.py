@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from kinvec.tasks import Change, Comparison, Difference, Failures, Slice, Standing, TaskComparison
 
+FEWEST_CHANGES = 10  # below, intervals cover less than they say (docs/comparing.md)
+
 
 def compare(
     *results: str | Path, metric: str | None = None, shown: int = 5, all_pairs: bool = False,
@@ -58,7 +60,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Compare results: differences, intervals, p-values, wins and losses, what all fail.
+    """Compare results and runs: differences, intervals, p-values, wins and losses, what all fail.
 
     A run stands for its tuned model, and if it is the first, for the base before it as well. Runs that differ only in
     their seed are one system. Intervals are 95 %, paired; p is a two-sided paired randomisation test, corrected for
@@ -91,15 +93,24 @@ def show(task: TaskComparison) -> None:
     else:
         console.print(_values(task, letters))
         console.print(_pairs(task, letters))
+    for comparison in task.comparisons:
+        row = next(row for row in comparison.metrics if row.metric == task.by)
+        if 0 < row.won + row.lost < FEWEST_CHANGES:
+            pair = f"{letters[comparison.b]} − {letters[comparison.a]}"
+            print(
+                f"{pair}: by {task.by} only {row.won + row.lost} {what} differ, too few for an interval to be trusted"
+            )
     for place, system in enumerate(task.systems):
         if system.spread:
-            print(f"{letters[system.name]} over its seeds:")
-            console.print(_seeds(system, against="A" if place else None))
+            beyond = f"; the interval: of {letters[system.name]} − A, for other queries and seeds" if place else ""
+            print(f"{letters[system.name]} over its seeds{beyond}")
+            console.print(_seeds(system))
     for comparison in task.comparisons:
         _show_changes(comparison, letters[comparison.a], letters[comparison.b], what)
     if task.slices:
-        print(f"slices, by {task.by} (looked for afterwards in {len(task.slices)} places: hints, not evidence):")
-        console.print(_slices(task.slices, letters))
+        print(f"slices, by {task.by} (looked for afterwards, in {len(task.slices)} comparisons: hints, not evidence):")
+        for by in dict.fromkeys(piece.by for piece in task.slices):
+            console.print(_slices([piece for piece in task.slices if piece.by == by], letters))
     _show_failures(task.failures, what, len(task.systems))
 
 
@@ -151,9 +162,8 @@ def _pairs(task: TaskComparison, letters: dict[str, str]) -> Table:
     return table
 
 
-def _seeds(system: Standing, against: str | None) -> Table:
-    beyond = f"− {against}, 95 % for other queries and seeds" if against else ""
-    table = _table("metric", "mean", "least", "most", "deviation", beyond)
+def _seeds(system: Standing) -> Table:
+    table = _table("metric", "mean", "least", "most", "deviation", "95 % interval")
     for row in system.spread:
         told = (f"{value:.4f}" for value in (row.mean, row.least, row.most, row.deviation))
         table.add_row(row.metric, *told, _ends(row.low, row.high))
@@ -161,13 +171,15 @@ def _seeds(system: Standing, against: str | None) -> Table:
 
 
 def _slices(slices: Sequence[Slice], letters: dict[str, str]) -> Table:
-    names = ("by", "slice", "", "n", "before", "after", "difference", "95 % interval", "p", f"p, Holm of {len(slices)}")
-    table = _table(*names, left=3)
+    """Slices by one thing. Of two systems the columns are theirs; of more each row says which two."""
+    several = len(letters) > 2
+    sides = ("", "before", "after") if several else ("A", "B")
+    table = _table(slices[0].by, "n", *sides, "difference", "95 % interval", "Holm")
     for piece in slices:
         row = piece.difference
-        pair = f"{letters[piece.b]} − {letters[piece.a]}"
-        values = (f"{piece.queries:,}", f"{row.a:.4f}", f"{row.b:.4f}")
-        table.add_row(piece.by, piece.slice[:40], pair, *values, *_said(row), f"{piece.holm:.4f}")
+        pair = [f"{letters[piece.b]} − {letters[piece.a]}"] if several else []
+        change = (f"{row.difference:+.4f}", _ends(row.low, row.high), f"{piece.holm:.4f}")
+        table.add_row(piece.slice[:30], f"{piece.queries:,}", *pair, f"{row.a:.4f}", f"{row.b:.4f}", *change)
     return table
 
 
