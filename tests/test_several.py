@@ -79,9 +79,10 @@ def test_identical_failures() -> None:
     for result, first in ((a, ["x", "y", "z", "z"]), (b, ["x", "y", "z", "z"]), (c, ["x", "other", "z", "z"])):
         result.per_query["top_ids"] = [[top] for top in first]
     c.per_query["nDCG@10"] = [0.0, 0.0, 0.2, 0.0]
+    c.documents = {"id": ["x", "y"], "text": ["the right one", "another"]}
     found = tasks.compare_systems([System(r.model, [r]) for r in (a, b, c)]).failures
     assert (found.everywhere, found.alike) == (2, 1)
-    assert [(f.id, f.query, f.given, f.expected) for f in found.shown] == [("q0", "question 0", "x", ["x"])]
+    assert [(f.id, f.query, f.given, f.expected) for f in found.shown] == [("q0", "question 0", "x", ["the right one"])]
     assert tasks.compare_systems([System(r.model, [r]) for r in (a, b)]).failures.alike == 3
 
 

@@ -114,7 +114,7 @@ class TaskComparison:
 
 def compare_systems(
     systems: Sequence[System], *, by: str | None = None, shown: int = CHANGES_SHOWN, all_pairs: bool = False,
-    sliced: Sequence[str] = (), columns: Mapping[str, Mapping[str, str]] | None = None, seed: int = 0,
+    sliced: Sequence[str] = (), columns: Columns | None = None, seed: int = 0,
 ) -> TaskComparison:  # fmt: skip
     """Every system against the first, or each against every other; `sliced` are names that `slices_of` knows.
 
@@ -213,5 +213,5 @@ def _failure(rows: Mapping[str, Any], i: int, given: str, texts: Mapping[str, st
 
 def _texts(results: Sequence[Result]) -> dict[str, str]:
     """The documents whose text some result keeps."""
-    kept = [table for result in results if (table := getattr(result, "documents", None))]
+    kept = [result.documents for result in results if result.documents]
     return {own: text for table in kept for own, text in zip(table["id"], table["text"], strict=True)}

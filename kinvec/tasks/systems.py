@@ -65,9 +65,7 @@ def systems_by_task(places: Sequence[str | Path]) -> list[list[System]]:
 def _named(group: Sequence[tuple[Entry, list[Result]]]) -> list[System]:
     """A result is called by its model, runs by their folder; what is called alike, by a letter, too."""
     names = [entry.name if entry.seeds else results[0].model for entry, results in group]
-    names = [
-        f"{name} ({letter(place)})" if names.count(name) > 1 else name for place, name in enumerate(names)
-    ]  # fmt: skip
+    names = [f"{name} ({letter(place)})" if names.count(name) > 1 else name for place, name in enumerate(names)]
     return [
         System(name, results, entry.seeds if len(results) > 1 else ())
         for name, (entry, results) in zip(names, group, strict=True)
