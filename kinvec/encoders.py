@@ -91,6 +91,14 @@ class Remembering:
         return vectors
 
 
+def named_prompts(given: Sequence[str]) -> dict[str, str]:
+    """Prompts by name from `query=TEXT` and `document=TEXT`. Raises `RecipeError` for anything else."""
+    found = dict(text.partition("=")[::2] for text in given if "=" in text)
+    if wrong := next((text for text in given if "=" not in text), None):
+        raise RecipeError(f"--prompt {wrong}: write it as query=TEXT or document=TEXT")
+    return found
+
+
 def _joined(name: str, parts: Iterable[np.ndarray], rows: int) -> Float32[np.ndarray, "n d"]:
     """Batches one below the other, with progress while they are made."""
     found: list[np.ndarray] = []
@@ -125,16 +133,17 @@ class LibraryEncoder:
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
             raise KinvecError(f"{name}: sentence-transformers cannot open it: {str(error).splitlines()[0]}") from None
         model.prompts |= prompts
-        self._model = model
+        self._model, self.device = model, place
         self.name = f"{LIBRARY}{name}"
         self.prompts = {side: text for side, text in model.prompts.items() if text}
         self.similarity = str(model.similarity_fn_name)
+        self.max_length = model.max_seq_length
 
     @property
     def fingerprint(self) -> str:
         """A hash of the weights, the modules, the prompts, the maximum length and the precision."""
         modules = [type(module).__name__ for module in self._model]
-        said = ["sentence-transformers", modules, self.prompts, self._model.max_seq_length, self.precision]
+        said = ["sentence-transformers", modules, self.prompts, self.max_length, self.precision]
         return state_fingerprint(self._model, said)
 
     def encode_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:

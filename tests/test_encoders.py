@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tiny_models import WORDS
 from kinvec import Embedder, encoders
 from kinvec.contracts import Encoder, KinvecError, RecipeError
 from kinvec.encoders import HttpEncoder, open_encoder
+from kinvec.verbs.embed import embed
 from kinvec.verbs.evaluate import evaluate
 
 TEXTS = [f"{a} {b} in the {c}" for a, b, c in zip(WORDS, WORDS[7:], WORDS[11:], strict=False)][:40]
@@ -235,6 +237,30 @@ def test_evaluating_a_server_equals_evaluating_its_model(server: Server, tiny_fo
     assert over_http.metrics == pytest.approx(here.metrics, abs=1e-6)
     assert over_http.per_query["nDCG@10"] == here.per_query["nDCG@10"]
     assert over_http.model == f"tiny (127.0.0.1:{server.server_port})"
+
+
+def test_vectors_of_a_server_are_kept_and_what_was_asked_is_not_asked_again(
+    server: Server, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {side: tmp_path / f"{side}.jsonl" for side in ("queries", "docs")}
+    for side, texts in (("queries", TEXTS[:2]), ("docs", TEXTS)):
+        paths[side].write_text("".join(json.dumps({"id": f"{i}", "text": text}) + "\n" for i, text in enumerate(texts)))
+    server.faults = [lambda handler, asked: False, failing(400, {"error": {"message": "no credit left"}})]
+    ask = partial(embed, server.url, tmp_path / "vectors", **paths, api_model="tiny", prompts={"query": "find: "})
+    with pytest.raises(KinvecError, match="no credit left"):
+        ask()
+    asked = len(server.asked)
+    manifest = ask()
+    assert [len(one["input"]) for one in server.asked[asked:]] in ([32, 8], [8, 32]), "the queries were there"
+    assert manifest["dimension"] == 32 and manifest["prompts"] == {"query": "find: "}
+    assert manifest["model"] == f"tiny (127.0.0.1:{server.server_port})" and "device" not in manifest["settings"]
+    stored = np.load(tmp_path / "vectors" / "doc.npy")
+    np.testing.assert_allclose(stored, of_model(server.model, TEXTS), atol=1e-6)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "vectors" / "query.npy"), of_model(server.model, TEXTS[:2], "find: "), atol=1e-6
+    )
+    with pytest.raises(KinvecError, match="other settings"):
+        embed(server.url, tmp_path / "vectors", **paths, api_model="other")
 
 
 # --- sentence-transformers --------------------------------------------------------------------------------------------

@@ -150,16 +150,18 @@ def write_side(
 
 
 def finish(folder: Path, state: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that every row is there and write the manifest, which says `about` too (model, dimension, versions)."""
+    """Check that every row is there and write the manifest, which says `about` too (model, prompts, versions)."""
     rows = state["rows"]
     sides = {side: {"rows": n, "files": shard_names(side, n), "ids": f"{side}.ids"} for side, n in rows.items()}
     for side, said in sides.items():
-        found = sum(len(np.load(folder / name, mmap_mode="r")) for name in said["files"])
+        shapes = [np.load(folder / name, mmap_mode="r").shape for name in said["files"]]
+        found, dimension = sum(shape[0] for shape in shapes), shapes[0][1]
         if found != said["rows"]:
             raise KinvecError(
                 f"the {side} file had {said['rows']:,} rows and then {found:,}; add --force to start afresh"
             )
     qrels = {"qrels": QRELS} if (folder / QRELS).exists() else {}
+    about = {**about, "dimension": dimension}
     manifest = {"kind": KIND, "format": FORMAT, **about, **sides, **qrels, "rows": rows, "settings": state["settings"]}
     write_json(folder / MANIFEST, manifest)
     (folder / PROGRESS).unlink(missing_ok=True)

@@ -32,7 +32,7 @@ Side = tuple[Sequence[str], Sequence[np.ndarray]]
 """Ids, and the shards [_, d] of their vectors, in the same order."""
 
 
-class Remembering:
+class Recording:
     """An encoder that keeps what it encoded of a search, for a second look: float32 vectors in memory."""
 
     def __init__(self, encoder: Encoder) -> None:
@@ -56,7 +56,7 @@ def with_cheaper(
     data: RetrievalData, encoder: Encoder, measures: Sequence[str] = (), dimensions: Sequence[int] = ()
 ) -> Result:
     """As `retrieval`, with `cheaper` of the same vectors, which are held in memory meanwhile."""
-    heard = Remembering(encoder)
+    heard = Recording(encoder)
     result = retrieval(data, heard, measures)
     vectors = (list(data.qrels), heard.queries), (data.corpus.ids, heard.documents)
     similarity = getattr(encoder, "similarity", "cosine")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from kinvec.embedder import Embedder
+    from kinvec.encoders import LastingEncoder
 
 
 def embed(
@@ -21,6 +22,8 @@ def embed(
     queries: str | Path | None = None,
     docs: str | Path | None = None,
     layout: str = "kinvec",
+    prompts: Mapping[str, str] | None = None,
+    api_model: str | None = None,
     force: bool = False,
     precision: str = "auto",
     device: str = "auto",
@@ -28,6 +31,7 @@ def embed(
 ) -> dict[str, Any]:
     """Embed `queries` and `docs` (one may be absent) into the folder `out`, and return its manifest.
 
+    `model`, `prompts` and `api_model` are those of `encoders.open_encoder`: a server's vectors can be kept, too.
     The same call continues a folder that was begun, and leaves a finished one as it is; `force` starts afresh. Memory
     does not grow with the number of texts. With `layout="nemo"` the vectors are there a second time, as NeMo's GPT
     embedding model writes them. Raises `KinvecError` if a source is wrong, if `out` holds other things, or
@@ -36,6 +40,7 @@ def embed(
     from kinvec.backbone import set_threads
     from kinvec.console import say
     from kinvec.contracts import RecipeError
+    from kinvec.encoders import open_encoder
     from kinvec.files import read_documents, read_judgements, read_queries, vectors
 
     if layout not in LAYOUTS:
@@ -48,46 +53,43 @@ def embed(
     vectors.refuse_foreign(folder)
     set_threads(threads)
     content = {side: _fingerprint(source) for side, (source, _) in sources.items()}
+    load = partial(
+        open_encoder, str(model), precision=precision, device=device, prompts=prompts, api_model=api_model
+    )  # fmt: skip
     state = None if force else vectors.read_state(folder)
     if state is None:
         judged = read_judgements(queries) if queries is not None else ()
         texts = {side: read(source) for side, (source, read) in sources.items()}
         with vectors.listed(folder, texts, judged) as (new, rows):
-            embedder = _load(model, precision, device)
-            state = vectors.begin(folder, new, rows, _settings(embedder, content))
+            encoder = load()
+            state = vectors.begin(folder, new, rows, _settings(encoder, content))
     else:
-        embedder = _load(model, precision, device)
-        vectors.refuse_changed(folder, state, _settings(embedder, content))
+        encoder = load()
+        vectors.refuse_changed(folder, state, _settings(encoder, content))
         if state.pop("finished"):
             say(f"{folder} is finished: the same model, texts and settings; --force makes it again")
-            _lay_out(folder, layout, state, embedder)
+            _lay_out(folder, layout, state, encoder)
             return state
         say(f"continuing {folder}")
-    encode: dict[str, Callable[..., Any]] = {"query": embedder.encode_queries, "doc": embedder.encode_documents}
+    encode: dict[str, Callable[..., Any]] = {"query": encoder.encode_queries, "doc": encoder.encode_documents}
     for side, (source, read) in sources.items():
         n = state["rows"][side]
         vectors.write_side(folder, side, n, read(source), encode[side], _teller(side, n))
-    manifest = vectors.finish(folder, state, _about(embedder, model))
-    _lay_out(folder, layout, manifest, embedder)
+    manifest = vectors.finish(folder, state, _about(encoder, model))
+    _lay_out(folder, layout, manifest, encoder)
     return manifest
 
 
 LAYOUTS = ("kinvec", "nemo")
 
 
-def _lay_out(folder: Path, layout: str, manifest: dict[str, Any], embedder: Embedder) -> None:
+def _lay_out(folder: Path, layout: str, manifest: dict[str, Any], encoder: LastingEncoder) -> None:
     from kinvec.files import vectors
 
     if layout == "nemo":
-        stages = [stage for stage in embedder.lineage if "trainer" in stage.get("recipe", {})]
+        stages = [stage for stage in getattr(encoder, "lineage", ()) if "trainer" in stage.get("recipe", {})]
         samples = sum(stage["metrics"]["steps"] * stage["recipe"]["trainer"]["batch_size"] for stage in stages)
         vectors.write_nemo_layout(folder, manifest["rows"], samples)
-
-
-def _load(model: str | Path, precision: str, device: str) -> Embedder:
-    from kinvec.embedder import Embedder
-
-    return Embedder.load(model, precision=precision, device=device)
 
 
 def _fingerprint(source: str | Path) -> str:
@@ -97,32 +99,28 @@ def _fingerprint(source: str | Path) -> str:
     return content_fingerprint(existing(str(source)))
 
 
-def _settings(embedder: Embedder, content: dict[str, str]) -> dict[str, Any]:
-    """All that the bytes of the vectors depend on. Threads, too: they change the order of sums in a product."""
+def _settings(encoder: LastingEncoder, content: dict[str, str]) -> dict[str, Any]:
+    """All that the bytes of the vectors depend on. Threads, too: they change the order of sums in a product here."""
     import torch
 
     from kinvec.files import vectors
 
-    return {
-        "model": embedder.fingerprint,
-        "precision": embedder.precision,
-        "device": embedder.device.type,
-        "threads": torch.get_num_threads(),
-        "window": vectors.WINDOW,
-        **content,
-    }
+    device = getattr(encoder, "device", None)
+    here = {} if device is None else {"device": device.type, "threads": torch.get_num_threads()}
+    precision = getattr(encoder, "precision", "")
+    return {"model": encoder.fingerprint, "precision": precision, **here, "window": vectors.WINDOW, **content}
 
 
-def _about(embedder: Embedder, model: str | Path) -> dict[str, Any]:
+def _about(encoder: LastingEncoder, model: str | Path) -> dict[str, Any]:
+    from kinvec.embedder import Embedder
     from kinvec.tasks.rankings import versions
 
     return {
-        "model": str(model),
-        "prompts": embedder.prompts,
-        "max_length": embedder.max_length,
-        "dimension": embedder.dimension,
+        "model": str(model) if isinstance(encoder, Embedder) else encoder.name,
+        "prompts": getattr(encoder, "prompts", {}),
+        "max_length": getattr(encoder, "max_length", None),
         "dtype": "float32",
-        "similarity": embedder.similarity,
+        "similarity": getattr(encoder, "similarity", "cosine"),
         "versions": versions(),
     }
 
@@ -144,11 +142,18 @@ def _teller(side: str, rows: int) -> Callable[[int, bool], None]:
 
 
 def command(
-    model: Annotated[str, typer.Option(help="A model folder, a hub name, or pkg:NAME.")],
+    model: Annotated[
+        str,
+        typer.Option(help="A model folder, hub name or pkg:NAME; st:NAME; https://HOST/v1 for a server like OpenAI's."),
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write vectors, ids and manifest.json into.")],
     queries: Annotated[str | None, typer.Option(help="A file of queries, embedded with the query prompt.")] = None,
     docs: Annotated[str | None, typer.Option(help="A file of documents, embedded with the document prompt.")] = None,
     layout: Annotated[str, typer.Option(help="kinvec, or nemo: a second copy under NeMo's names.")] = "kinvec",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="query=TEXT or document=TEXT, put before each; may be repeated.")
+    ] = None,
+    api_model: Annotated[str | None, typer.Option(help="Which model of a server; its key: KINVEC_API_KEY.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Start afresh, deleting the vectors in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware has it.")] = "auto",
@@ -159,9 +164,11 @@ def command(
 
     The same command continues a folder that was stopped half-way. `kinvec evaluate --embeddings` scores the folder.
     """
+    from kinvec.encoders import named_prompts
+
     manifest = embed(
-        model, out, queries=queries, docs=docs, layout=layout, force=force, precision=precision, device=device,
-        threads=threads,
+        model, out, queries=queries, docs=docs, layout=layout, prompts=named_prompts(prompt or ()), api_model=api_model,
+        force=force, precision=precision, device=device, threads=threads,
     )  # fmt: skip
     if as_json:
         print(json.dumps(manifest, indent=2, ensure_ascii=False))

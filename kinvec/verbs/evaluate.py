@@ -212,9 +212,11 @@ def command(
     margin of the triplets; reranking orders the judged documents alone. Scored pairs give Spearman and Pearson, pairs
     labelled 0 and 1 average precision, labelled texts accuracies, silhouette and v-measure.
     """
+    from kinvec.encoders import named_prompts
+
     results = _of_splits(
         model, data, split or ["test"], task=task, out=out, embeddings=embeddings, measures=measure or (),
-        prompts=dict(_prompt(given) for given in prompt or ()), api_model=api_model, cheaper=cheaper,
+        prompts=named_prompts(prompt or ()), api_model=api_model, cheaper=cheaper,
         dimensions=dimension or (), precision=precision, device=device, threads=threads,
     )  # fmt: skip
     if as_json:
@@ -249,16 +251,6 @@ def _of_splits(
             encoder = Remembering(open_encoder(model, **{name: settings[name] for name in opening}))
     places = {split: out / split if out is not None else None for split in dict.fromkeys(splits)}
     return [evaluate(encoder, data, split=split, task=task, out=place, **settings) for split, place in places.items()]
-
-
-def _prompt(given: str) -> tuple[str, str]:
-    """`query=TEXT` → its name and its text."""
-    from kinvec.contracts import RecipeError
-
-    name, equals, text = given.partition("=")
-    if not equals:
-        raise RecipeError(f"--prompt {given}: write it as query=TEXT or document=TEXT")
-    return name, text
 
 
 def show(result: Result) -> None:
