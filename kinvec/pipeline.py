@@ -125,6 +125,9 @@ def claim_folder(recipe: Recipe, data: RunData, embedder: Embedder, force: bool)
         write_json(beside / "environment.json", environment(embedder))
         write_json(beside / "data.json", describe_data(data, embedder))
         write_json(beside / "doctor.json", examined(data))
+        for one in data.sets:
+            if (audit := Path(one.settings.train) / "audit.json").is_file():  # of negatives that kinvec mine found
+                shutil.copyfile(audit, beside / f"audit{one.name and f'-{one.name}'}.json")
         return replace_folder(beside, folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

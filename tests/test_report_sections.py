@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +11,20 @@ import pytest
 from chromium import needs_chromium, open_page
 from playwright.sync_api import Browser
 from scipy.stats import mannwhitneyu
-from synthetic_run import make_run, search_result
+from synthetic_run import make_run, search_result, similarity_result
+from test_reporting import parse
+from tiny_models import WORDS
 
-from kinvec.contracts import Result
-from kinvec.reporting import build_report, collect
+from kinvec import Embedder, tasks
+from kinvec.contracts import KinvecError, Result
+from kinvec.reporting import build_report, collect, collect_several, render
 from kinvec.reporting.maps import pictures, turn
 from kinvec.reporting.similarities import similarities
+from kinvec.tasks.evaluation import unit
+from kinvec.verbs.evaluate import evaluate
+from kinvec.verbs.mine import mine
+from kinvec.verbs.report import report
+from kinvec.verbs.train import train
 
 
 def searched(seed: int = 0, turned: float = 0.0) -> Result:
@@ -69,11 +79,9 @@ def test_the_histograms_hold_every_score_and_the_area_is_that_of_mann_and_whitne
 
 @needs_chromium
 def test_pointing_at_a_text_marks_it_on_both_sides(browser: Browser, tmp_path: Path) -> None:
-    from kinvec.tasks import save_result
-
     run = make_run(tmp_path / "run", evaluate=False)
     for side, seed in (("base", 0), ("tuned", 1)):
-        save_result(searched(seed), run / "results" / side / "docs")
+        tasks.save_result(searched(seed), run / "results" / side / "docs")
     (found,) = collect(run)["maps"]
     page, complaints = open_page(browser, build_report(run).as_uri())
     pictures_shown = page.locator(".map svg")
@@ -97,4 +105,129 @@ def test_pointing_at_a_text_marks_it_on_both_sides(browser: Browser, tmp_path: P
     assert page.locator(".map output").inner_text() == found["texts"][1]
     page.keyboard.press("Escape")
     assert page.locator(".map .mark").first.get_attribute("d") == ""
+    assert [text for text in complaints if not text.startswith("data:")] == []
+
+
+# ---- what other parts leave in a run, by their own code ----
+
+
+@pytest.fixture(scope="module")
+def data(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search problem of words, and pairs that the untouched model scores perfectly."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(1)
+    texts = [" ".join(draw.sample(WORDS, 6)) for _ in range(60)]
+    (folder / "search" / "qrels").mkdir(parents=True)
+    for name, rows in (("corpus", texts), ("queries", [" ".join(text.split()[:4]) for text in texts[:40]])):
+        lines = [json.dumps({"_id": f"{name[0]}{i}", "text": text}) + "\n" for i, text in enumerate(rows)]
+        (folder / "search" / f"{name}.jsonl").write_text("".join(lines))
+    for split, queries in (("train", range(25)), ("test", range(25, 40))):
+        judged = ["query-id\tcorpus-id\tscore", *(f"q{i}\tc{i}\t1" for i in queries)]
+        (folder / "search" / "qrels" / f"{split}.tsv").write_text("\n".join(judged) + "\n")
+    model = Embedder.load(tiny_folder, precision="fp32")
+    first, second = ([" ".join(draw.sample(WORDS, 5)) for _ in range(60)] for _ in range(2))
+    cosines = np.sum(unit(model.encode_queries(first)) * unit(model.encode_queries(second)), axis=1).tolist()
+    pairs = zip(first, second, cosines, strict=True)
+    rows = [json.dumps({"sentence1": a, "sentence2": b, "score": score}) + "\n" for a, b, score in pairs]
+    (folder / "known.jsonl").write_text("".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guarded(data: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on mined negatives, hard enough that the model forgets, with a guard against it."""
+    folder = tmp_path_factory.mktemp("guarded")
+    mine(tiny_folder, data / "search", folder / "mined")
+    settings = ["trainer.max_steps=10", "trainer.batch_size=8", "trainer.lr=0.003", "trainer.eval_every=5", "threads=1"]
+    guard = [f"guard.sts.data={data / 'known.jsonl'}", "guard.sts.tolerance=0.02"]
+    named = [f"model={tiny_folder}", f"data.train={folder / 'mined'}", f"data.test={data / 'search'}"]
+    train(None, [*named, *settings, *guard, "data.holdout=0.2", f"out={folder / 'run'}"])
+    evaluated = folder / "run" / "results" / "tuned" / "search"
+    assert evaluated.is_dir()
+    evaluate(folder / "run" / "model", data / "search", cheaper=True, out=evaluated)
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_shows_what_guard_mining_doctor_and_cheaper_vectors_said(guarded: Path) -> None:
+    found = collect(guarded)
+    assert [anchor for anchor, *_ in found["sections"]] == [
+        "scores", "guard", "curve", "queries", "maps", "similarities", "mining", "doctor", "data", "cheaper",
+        "settings",
+    ]  # fmt: skip
+    assert [task["name"] for task in found["tasks"]] == ["search", "sts"], "the guard comes after the run's own task"
+    told = json.loads((guarded / "guard.json").read_text())
+    audit = json.loads((guarded / "audit.json").read_text())
+    cheaper = json.loads((guarded / "results" / "tuned" / "search" / "cheaper.json").read_text())
+    assert found["guard"]["said"] == told["said"] and len(found["guard"]["gain"]["points"]) == len(told["points"])
+    assert sum(found["mining"][0]["drawn"]["positives"]) == pytest.approx(1)
+    points = [row for line in found["cheaper"][0]["lines"] for *_, row in line["points"]]
+    assert len(points) == len(cheaper["rows"])
+    page = build_report(guarded).read_text("utf-8")
+    parse(page)
+    checked = json.loads((guarded / "doctor.json").read_text())["verdict"]
+    least = f"{cheaper['rows'][-1]['metrics']['nDCG@10']:.4f}"
+    forgot = f"{told['guards']['sts']['full']['value']:.4f}"
+    for figure in (told["said"], forgot, f"{audit['negatives']:,}", checked, least):
+        assert figure in page
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@needs_chromium
+@pytest.mark.parametrize("width", [360, 1100])
+def test_every_section_of_that_run_fits_and_complains_of_nothing(browser: Browser, guarded: Path, width: int) -> None:
+    page, complaints = open_page(browser, build_report(guarded).as_uri(), viewport={"width": width, "height": 800})
+    for fold in page.locator("details:visible > summary").all():
+        fold.click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert [text for text in complaints if not text.startswith("data:")] == []
+
+
+# ---- several runs ----
+
+
+def test_several_runs_are_compared_with_the_first_and_their_base(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, gain=gain, seed=4) for name, gain in (("a", 0.02), ("b", 0.1))]
+    path = report(*runs, out=tmp_path / "both.html")
+    page = path.read_text("utf-8")
+    parse(page)
+    found = collect_several(runs)
+    (task,) = found["tasks"]
+    assert [system["name"] for system in task["systems"]][1:] == [*map(str, runs)]
+    base, second = (tasks.load_result(runs[n] / "results" / side / "docs") for n, side in ((0, "base"), (1, "tuned")))
+    expected = tasks.compare(base, second, by="nDCG@10").metrics[0]
+    cell = task["rows"][0]["cells"][2]
+    assert cell["difference"]["difference"] == pytest.approx(expected.difference)
+    assert (cell["difference"]["low"], cell["difference"]["high"]) == pytest.approx((expected.low, expected.high))
+    assert (
+        f"{expected.b:.4f}" in page
+        and "Best: " in found["verdict"]["head"]
+        and str(runs[1]) in found["verdict"]["head"]
+    )
+    assert [line["name"] for line in found["curves"]["lines"]] == [str(run) for run in runs]
+    assert len(found["queries"]["tasks"][0]["values"]) == 3
+
+
+def test_results_without_a_run_are_compared_too_and_others_are_refused(tmp_path: Path) -> None:
+    for name, value in (("a", 0.3), ("b", 0.6)):
+        tasks.save_result(search_result(name, np.linspace(0, value, 50)), tmp_path / name)
+    found = collect_several([tmp_path / "a", tmp_path / "b"])
+    assert found["curves"] is None and [anchor for anchor, *_ in found["sections"]] == ["scores", "queries"]
+    parse(render(found))
+    tasks.save_result(similarity_result("c", 0.3), tmp_path / "c")
+    with pytest.raises(KinvecError, match="cannot be compared|different data"):
+        collect_several([tmp_path / "a", tmp_path / "c"])
+
+
+@needs_chromium
+def test_a_reader_chooses_which_of_several_systems_to_see(browser: Browser, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, gain=gain, seed=4) for name, gain in (("a", 0.02), ("b", 0.1))]
+    page, complaints = open_page(browser, report(*runs, out=tmp_path / "both.html").as_uri())
+    found = collect_several(runs)["queries"]["tasks"][0]
+    for left, right in ((0, 2), (0, 1), (1, 2)):
+        page.locator("[data-part=left]").select_option(str(left))
+        page.locator("[data-part=right]").select_option(str(right))
+        won = sum(b > a for a, b in zip(found["values"][left], found["values"][right], strict=True))
+        assert page.locator(".chips label:has-text('Won') small").inner_text() == str(won)
     assert [text for text in complaints if not text.startswith("data:")] == []

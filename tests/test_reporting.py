@@ -15,7 +15,7 @@ from kinvec.contracts import KinvecError
 from kinvec.reporting import SECTIONS, axis, build_report, collect, compact, render
 from kinvec.verbs.report import report
 
-VOID = {"meta", "link", "input"}
+VOID = {"meta", "link", "input", "br"}
 
 
 class Structure(HTMLParser):

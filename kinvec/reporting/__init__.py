@@ -16,6 +16,7 @@ import yaml
 
 from kinvec.contracts import KinvecError
 from kinvec.files import write_text
+from kinvec.reporting import findings
 from kinvec.reporting.browser import browse
 from kinvec.reporting.curve import learning_curve, shares
 from kinvec.reporting.data import described
@@ -23,18 +24,23 @@ from kinvec.reporting.maps import pictures
 from kinvec.reporting.reading import flat, read_json, read_log, read_results
 from kinvec.reporting.rendering import axis, compact, render
 from kinvec.reporting.scores import task_table, verdict
+from kinvec.reporting.several import collect_several
 from kinvec.reporting.similarities import similarities
 
 SECTIONS = (  # anchor, name in the navigation, template; a section of `OPTIONAL` is there only if its data are
     ("scores", "Before and after", "_scores.html.j2"),
+    ("guard", "Guard", "_guard.html.j2"),
     ("curve", "Learning curve", "_curve.html.j2"),
     ("queries", "Query by query", "_queries.html.j2"),
     ("maps", "Map", "_maps.html.j2"),
     ("similarities", "Similarities", "_similarities.html.j2"),
+    ("mining", "Mined negatives", "_mining.html.j2"),
+    ("doctor", "Data doctor", "_doctor.html.j2"),
     ("data", "Data", "_data.html.j2"),
+    ("cheaper", "Cheaper vectors", "_cheaper.html.j2"),
     ("settings", "Settings", "_settings.html.j2"),
 )
-OPTIONAL = ("queries", "maps", "similarities")
+OPTIONAL = ("guard", "queries", "maps", "similarities", "mining", "doctor", "cheaper")
 
 
 def build_report(run_folder: str | Path) -> Path:
@@ -51,7 +57,8 @@ def collect(run_folder: str | Path) -> dict[str, Any]:
     recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
     recipe: dict[str, Any] = yaml.safe_load(recipe_text) or {}
     model = read_json(run / "model" / "kinvec.json")
-    results = read_results(run)
+    later = [*(recipe.get("tasks") or {}), *(recipe.get("guard") or {})]  # after what the run itself is judged by
+    results = read_results(run, later)
     measured = [task_table(base, tuned) for base, tuned in results]
     both = [[base, tuned] if tuned else [base] for base, tuned in results]
     steps, learned = read_log(run / "log.jsonl"), read_json(run / "data.json")
@@ -66,6 +73,10 @@ def collect(run_folder: str | Path) -> dict[str, Any]:
         "queries": browse(both, ("Before", "After")),
         "maps": pictures(both),
         "similarities": similarities(both),
+        "guard": findings.guard(run),
+        "mining": findings.audits(run),
+        "doctor": findings.doctor(run),
+        "cheaper": findings.cheaper(both),
         "curve": curve,
         "sets": shares(steps, learned.get("sets") or {}),
         "data": described(learned),
@@ -86,4 +97,4 @@ def _status(
     return f"not finished, {curve['steps']:,} steps so far" if curve["steps"] else "not finished, no step yet"
 
 
-__all__ = ["SECTIONS", "axis", "build_report", "collect", "compact", "render"]
+__all__ = ["SECTIONS", "axis", "build_report", "collect", "collect_several", "compact", "render"]

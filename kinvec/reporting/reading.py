@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [step for step in steps if isinstance(step, dict) and "step" in step]
 
 
-def read_results(run: Path) -> list[tuple[Result, Result | None]]:
-    """(base, tuned) of each task that was measured; tuned is None until training is over."""
+def read_results(run: Path, later: Sequence[str] = ()) -> list[tuple[Result, Result | None]]:
+    """(base, tuned) of each task that was measured, those named last; tuned is None until training is over."""
     sides: dict[str, dict[str, Result]] = {"base": {}, "tuned": {}}
     for side, found in sides.items():
         for manifest in sorted((run / "results" / side).glob(f"**/{MANIFEST}")):
             found[manifest.parent.name] = tasks.load_result(manifest.parent)
-    return [(base, sides["tuned"].get(name)) for name, base in sides["base"].items()]
+    names = sorted(sides["base"], key=lambda name: later.index(name) if name in later else -1)
+    return [(sides["base"][name], sides["tuned"].get(name)) for name in names]
 
 
 def ordered(names: Iterable[str]) -> list[str]:

@@ -69,13 +69,13 @@ def verdict(measured: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], fi
     first, *others = compared
     row = next(row for row in first["rows"] if row["metric"] == first["by"])
     d = row["difference"]
-    word = _word(d)
-    head = {"better": "Better by {}:", "worse": "Worse by {}:", "unclear": "No clear change:"}[word]
+    said = word(d)
+    head = {"better": "Better by {}:", "worse": "Worse by {}:", "unclear": "No clear change:"}[said]
     counted = f"{first['queries']:,} {first['unit']}"
     moved = f"{d['metric']} from {number(d['a'])} to {number(d['b'])}"
     interval = f"95 % interval of the difference {signed(d['low'])} to {signed(d['high'])}"
     return {
-        "word": word,
+        "word": said,
         "head": head.format(number(abs(d["difference"]))),
         "rest": f"{moved} ({interval}, {counted}, p {p_value(d['p'])}).",
         "also": _also(row, first["unit"], others),
@@ -83,7 +83,8 @@ def verdict(measured: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], fi
     }
 
 
-def _word(difference: Mapping[str, Any]) -> str:
+def word(difference: Mapping[str, Any]) -> str:
+    """Better, worse or unclear, by the interval of a difference."""
     if difference["low"] > 0:
         return "better"
     return "worse" if difference["high"] < 0 else "unclear"
@@ -98,7 +99,7 @@ def _also(row: Mapping[str, Any], unit: str, others: Sequence[Mapping[str, Any]]
     for task in others:
         other = next(r for r in task["rows"] if r["metric"] == task["by"])["difference"]
         told.append(
-            f"{task['name']}: {_word(other)}, {task['by']} {number(other['a'])} → {number(other['b'])} "
+            f"{task['name']}: {word(other)}, {task['by']} {number(other['a'])} → {number(other['b'])} "
             f"({signed(other['low'])} to {signed(other['high'])})."
         )
     return told

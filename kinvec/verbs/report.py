@@ -1,4 +1,4 @@
-"""`kinvec report`: a run's folder → one HTML page."""
+"""`kinvec report`: a run's folder, or several, → one HTML page."""
 
 from __future__ import annotations
 
@@ -8,25 +8,37 @@ from typing import Annotated
 import typer
 
 
-def report(run: str | Path, out: str | Path | None = None) -> Path:
+def report(run: str | Path, *others: str | Path, out: str | Path | None = None) -> Path:
     """Write the page of a run, finished or not, to `out` or to the run's `report.html`; returns its path.
 
-    Raises `KinvecError` where the folder is no run's.
+    With `others` the page compares them to the first: runs, runs of several seeds, or results; it goes to `out` or to
+    `comparison.html` here. So it does for the seeds of one recipe. Raises `KinvecError` where a folder is no run's, or
+    they have no task in common.
     """
     from kinvec.files import write_text
-    from kinvec.reporting import build_report, collect, render
+    from kinvec.reporting import build_report, collect, collect_several, render
+    from kinvec.tasks.systems import SEEDS_FILE
 
+    if others or (Path(run) / SEEDS_FILE).is_file():
+        return write_text(out or "comparison.html", render(collect_several([run, *others])))
     return build_report(run) if out is None else write_text(out, render(collect(run)))
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="The run folder that kinvec train wrote; the run may still be going.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="A run folder that kinvec train wrote, still going or finished; or several to compare."),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Where to write the page; unset, report.html in the run folder.")
+        Path | None,
+        typer.Option(
+            help="Where to write the page; unset, report.html in the run folder, or of several comparison.html."
+        ),
     ] = None,
 ) -> None:
-    """Turn a run into one HTML page: the verdict, the tables, the learning curve, wins and losses, data, settings.
+    """Turn a run into one HTML page: verdict, tables, curves, every query with what both models found, map, data.
 
-    The page is one file that loads nothing from anywhere.
+    Of several runs, or results that kinvec evaluate wrote, the page compares all with the first. It is one file that
+    loads nothing from anywhere.
     """
-    print(report(run, out))
+    print(report(runs[0], *runs[1:], out=out))
