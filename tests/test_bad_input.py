@@ -255,7 +255,9 @@ def test_a_disk_that_is_full_at_any_moment_loses_nothing(
         assert "the disk is full" in errors[0] and "run the same command again" in errors[0]
         stages.add("no run" if not run.exists() else "results" if not (run / "checkpoints").exists() else "training")
         if run.exists():
-            assert {"run.json", "recipe.yaml", "environment.json", "data.json"} <= {p.name for p in run.iterdir()}
+            assert {"run.json", "recipe.yaml", "environment.json", "data.json", "doctor.json"} <= {
+                p.name for p in run.iterdir()
+            }
         assert not (run / "model" / "kinvec.json").exists() or sha(run) == sha(tmp_path / "run")
     assert code == 0 and sha(run) == sha(tmp_path / "run")
     assert {"no run", "training"} <= stages, "the sizes passed over a stage"

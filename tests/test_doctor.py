@@ -16,6 +16,8 @@ from kinvec.contracts import RecipeError
 from kinvec.doctor import QUICK, Checked, check_source, examine, near, to_json
 from kinvec.doctor.languages import languages
 from kinvec.files import open_data
+from kinvec.recipe import load_recipe
+from kinvec.run_data import examined, open_run_data
 from kinvec.verbs.check import check
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -342,3 +344,20 @@ def test_what_is_written_is_read_as_it_was_without_the_rows_that_are_better_left
         check(path, write=out)
     with pytest.raises(RecipeError, match="one source"):
         check(path, path, write=tmp_path / "other.jsonl")
+
+
+def test_a_run_keeps_what_the_doctor_says_of_the_rows_it_trains_on(tmp_path: Path) -> None:
+    draw = random.Random(12)
+    rows = [{"query": " ".join(words(draw, 9)), "pos_doc": " ".join(words(draw, 30))} for _ in range(100)]
+    rows += [{"query": f"{row['query']}?", "pos_doc": " ".join(words(draw, 30))} for row in rows]
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    recipe = load_recipe("scifact", ["model=none", f"data.train={path}", f"out={tmp_path / 'run'}"])
+    data = open_run_data(recipe)
+    (told,) = examined(data)["sources"]
+    (trained,) = (one.examples for one in data.sets)
+    assert told["looked"]["rows"] == f"{len(trained)} of 200 rows" and len(trained) < 200
+    asked = {text.rstrip("?") for text in data.sets[0].test.queries.values()}
+    leaked = [row for row in trained.tolist() if rows[row]["query"].rstrip("?") in asked]
+    (finding,) = [finding for finding in told["findings"] if finding["rule"] == "near leakage"]
+    assert finding["count"] == len(leaked) > 0 and finding["message"].endswith(f"(all {len(trained)} queries)")
+    assert "leakage" in told["looked"] and set(told["languages"]) == {"queries", "documents"}
