@@ -13,6 +13,7 @@ import command_line
 import numpy as np
 import pytest
 import torch
+from conftest import MINILM
 from safetensors.torch import load_file
 from synthetic_run import search_result
 from tiny_models import WORDS
@@ -277,6 +278,32 @@ def test_a_chain_ends_with_the_stage_that_breaks_its_guard(
     assert code == 3 and "error: the guard is broken" in said
     one, two = told_by(out / "one")["guards"]["sts"], told_by(out / "two")["guards"]["sts"]
     assert one["model"]["value"] == pytest.approx(two["base"], abs=1e-6) and not (out / "three").exists()
+
+
+@pytest.mark.slow
+def test_intents_make_a_real_model_forget_similarity_and_the_sweep_gives_it_back(
+    tmp_path: Path, shared_data: Path, main: Main
+) -> None:
+    """Part of Banking77 with part of STS Benchmark as the guard; the whole of both is in docs/training.md."""
+    for folder, suffix in (("banking77", "csv"), ("stsb", "csv")):
+        (tmp_path / folder).mkdir()
+        for split in ("train", "test", "dev"):
+            source = shared_data / folder / (f"sts-{split}.{suffix}" if folder == "stsb" else f"{split}.{suffix}")
+            if source.exists():
+                lines = source.read_text("utf-8").splitlines(keepends=True)
+                kept = lines[:300] if folder == "stsb" else [lines[0], *lines[1::5]]
+                (tmp_path / folder / source.name).write_text("".join(kept), "utf-8")
+    settings = ["objective.name=supcon", "trainer.max_steps=40", "trainer.batch_size=64", "trainer.lr=3e-4"]
+    settings += ["trainer.eval_every=40", "data.holdout=0.1", "data.limit=800", "threads=1", "guard.sts.tolerance=0.02"]
+    data = [f"data.train={tmp_path / 'banking77'}", f"guard.sts.data={tmp_path / 'stsb'}"]
+    code, said = main("train", f"model={MINILM}", *data, *settings, f"out={tmp_path / 'run'}")
+    assert code == 0, said
+    told = told_by(tmp_path / "run")
+    guard, kept = told["guards"]["sts"], told["retained"]["banking77"]
+    assert told["verdict"] == "restored" and guard["full"]["high"] < -0.02 <= guard["model"]["difference"]
+    assert kept["full"] > kept["base"] and kept["retained"] > 0.1
+    dev = {found["share"]: found["dev"] for found in told["points"]}
+    assert dev[told["share"]] > dev[0.0]
 
 
 # ---- further tasks, and what is wrong with them ----
