@@ -44,6 +44,16 @@ def test_the_data_are_those_of_both_results_joined_by_id() -> None:
     assert len(set(ids)) == len(ids)
 
 
+def test_documents_are_cut_shorter_before_a_query_is_left_out() -> None:
+    base, tuned = both(300)
+    whole = browse([[base, tuned]], ("a", "b"))
+    less = browse([[base, tuned]], ("a", "b"), room=int(0.9 * len(embed(whole).encode())))
+    assert whole is not None and less is not None
+    assert less["tasks"][0]["ids"] == whole["tasks"][0]["ids"]
+    texts = zip(less["tasks"][0]["documents"]["texts"], whole["tasks"][0]["documents"]["texts"], strict=True)
+    assert all(len(short) < len(long) and long.startswith(short.removesuffix(" …")) for short, long in texts)
+
+
 def test_where_all_queries_do_not_fit_they_are_spread_evenly() -> None:
     base, tuned = both(2000)
     whole = len(embed(browse([[base, tuned]], ("a", "b"))).encode())

@@ -15,14 +15,15 @@ from kinvec.contracts import Result
 from kinvec.reporting.reading import main_metric
 from kinvec.reporting.rendering import embed, snippet
 
-ROOM = 11_000_000  # bytes of the page that all its queries may take; the page is to stay below 15 MB
-TEXT = 240  # characters of a document that are shown
+ROOM = 12_500_000  # bytes of the page that all its queries may take; the page is to stay below 15 MB
+TEXT = (240, 160, 100, 70)  # characters of a text that are shown: the most that leave room for all queries
 
 
 def browse(measured: Sequence[Sequence[Result]], names: Sequence[str], room: int = ROOM) -> dict[str, Any] | None:
     """The browser's data: of each task the results of all systems (at least two, of the same data), named by `names`.
 
-    Where the queries of a task take more than its share of `room`, as many as fit are kept, spread evenly.
+    Where the queries of a task take more than its share of `room`, documents are cut shorter; where that is not enough
+    as many queries as fit are kept, spread evenly.
     """
     several = [results for results in measured if len(results) > 1]
     if not several:
@@ -31,17 +32,24 @@ def browse(measured: Sequence[Sequence[Result]], names: Sequence[str], room: int
 
 
 def _fitting(results: Sequence[Result], room: int) -> dict[str, Any]:
-    total = kept = len(results[0].per_query["id"])
-    while True:
-        rows = np.unique(np.linspace(0, total - 1, kept).round().astype(int)).tolist()
-        found = _task(results, rows)
-        size = len(embed(found).encode())
-        if size <= room or kept <= 1:
+    kept = total = len(results[0].per_query["id"])
+    for length in TEXT:
+        found = _task(results, range(total), length)
+        if (size := _size(found)) <= room:
             return found
+    while size > room and kept > 1:
         kept = max(1, int(0.97 * kept * room / size))
+        rows = np.unique(np.linspace(0, total - 1, kept).round().astype(int)).tolist()
+        found = _task(results, rows, TEXT[-1])
+        size = _size(found)
+    return found
 
 
-def _task(results: Sequence[Result], rows: Sequence[int]) -> dict[str, Any]:
+def _size(found: dict[str, Any]) -> int:
+    return len(embed(found).encode())
+
+
+def _task(results: Sequence[Result], rows: Sequence[int], length: int) -> dict[str, Any]:
     """One task's queries `rows` (places in the first result's table); the other results are joined by id."""
     first, by = results[0], main_metric(results[0])
     ids = [first.per_query["id"][row] for row in rows]
@@ -58,7 +66,7 @@ def _task(results: Sequence[Result], rows: Sequence[int]) -> dict[str, Any]:
     }
     tables = [_at(result.per_query, place) for result, place in zip(results, places, strict=True)]
     if all("top_ids" in table for table in tables):
-        return told | _rankings(results, tables)
+        return told | _rankings(results, tables, length)
     return told | {"facts": _facts(tables, by)}
 
 
@@ -71,7 +79,7 @@ def _at(columns: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, list
     return {name: [column[row] for row in rows] for name, column in columns.items()}
 
 
-def _rankings(results: Sequence[Result], tables: Sequence[Mapping[str, list[Any]]]) -> dict[str, Any]:
+def _rankings(results: Sequence[Result], tables: Sequence[Mapping[str, list[Any]]], length: int) -> dict[str, Any]:
     """Of each query the first documents by every system, with scores, and the relevant ones with their grades."""
     texts: dict[str, str] = {}
     for result in results:
@@ -89,7 +97,7 @@ def _rankings(results: Sequence[Result], tables: Sequence[Mapping[str, list[Any]
         "top": tops,
         "scores": scores,
         "relevant": [[[numbers([key])[0], grade] for key, grade in row] for row in relevant],
-        "documents": {"ids": list(number), "texts": [snippet(texts.get(key), TEXT) for key in number]},
+        "documents": {"ids": list(number), "texts": [snippet(texts.get(key), length) for key in number]},
     }
 
 
@@ -111,4 +119,4 @@ def _facts(tables: Sequence[Mapping[str, list[Any]]], by: str) -> list[dict[str,
 def _shown(value: Any) -> Any:
     if isinstance(value, float):
         return None if np.isnan(value) else round(value, 4)
-    return snippet(value, TEXT) if isinstance(value, str) else value
+    return snippet(value, TEXT[0]) if isinstance(value, str) else value

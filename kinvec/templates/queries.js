@@ -94,7 +94,7 @@ for (const box of document.querySelectorAll(".browser")) {
   const entry = (document, place, grade, moved, score) => {
     const item = make("li", grade ? "relevant" : "", make("span", "place", place));
     if (grade) item.append(make("span", "mark", grade === 1 ? "relevant" : `relevant, ${grade}`));
-    item.append(moved, make("span", "", task.documents.texts[document] || task.documents.ids[document]));
+    item.append(moved, make("span", "said", task.documents.texts[document] || task.documents.ids[document]));
     if (score !== undefined) item.append(make("small", "", score.toFixed(3)));
     item.title = task.documents.ids[document];
     return item;
