@@ -43,7 +43,9 @@ def jaccard(a: str, b: str) -> float:
 
 
 def pairs_of(texts: list[str]) -> dict[tuple[int, int], float]:
-    pairs, similar = near.near_pairs(near.signatures([texts], len(texts)), lambda numbers: [texts[i] for i in numbers])
+    pairs, similar, _ = near.near_pairs(
+        near.signatures([texts], len(texts)), lambda numbers: [texts[i] for i in numbers]
+    )
     return dict(zip(map(tuple, pairs.tolist()), similar.tolist(), strict=True))
 
 
@@ -95,12 +97,23 @@ def test_of_many_alike_texts_pairs_grow_with_their_number_not_with_its_square() 
     assert group.tolist() == list(range(len(texts)))
 
 
+def test_it_says_when_more_are_likely_than_are_counted_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    draw = random.Random(13)
+    texts = [" ".join(words(draw, 30)) for _ in range(40)]
+    path = jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in [*texts, *(f"{text} more" for text in texts)]])
+    (all_counted,) = by_rule(check_source(path))["near duplicate"]
+    monkeypatch.setattr(near, "PAIRS", 25)
+    (some,) = by_rule(check_source(path))["near duplicate"]
+    assert (all_counted.count, some.count) == (40, 25)
+    assert "there may be more" in some.message and "there may be more" not in all_counted.message
+
+
 def test_pairs_across_join_one_of_the_references_with_one_of_the_others() -> None:
     draw = random.Random(1)
     texts = [" ".join(words(draw, 30)) for _ in range(20)]
     both = texts + [f"{text} more" for text in texts[:5]] + texts[5:8] + texts[5:8]
     signed = near.signatures([both], len(both))
-    pairs, _ = near.near_pairs(signed, lambda numbers: [both[i] for i in numbers], references=20)
+    pairs, *_ = near.near_pairs(signed, lambda numbers: [both[i] for i in numbers], references=20)
     assert {tuple(pair) for pair in pairs.tolist()} == {
         *((i, i + 20) for i in range(5)), *((i, i + 20) for i in range(5, 8)), *((i, i + 23) for i in range(5, 8))
     }  # fmt: skip

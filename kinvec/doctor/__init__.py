@@ -204,6 +204,8 @@ def _examine_texts(found: Checked, table: Table, keys: Keys, evaluation: Evaluat
         )
         found.findings += findings
         found.looked[f"languages, {side}"] = looked
+    if evaluation is not None and table.kind == "pairs":
+        found.not_looked["near leakage"] = "of pairs only equal ones are looked for"
     if repeats:
         repeats[0] = replace(repeats[0], drop=keys.numbers[rules.near_repeats(keys, alike)])
     found.findings += repeats

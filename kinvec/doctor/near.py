@@ -111,17 +111,18 @@ def _signed(texts: Sequence[str]) -> UInt8[np.ndarray, "n 128"]:
 
 def near_pairs(
     signed: UInt8[np.ndarray, "n 128"], read: Read, references: int | None = None
-) -> tuple[Int64[np.ndarray, "p 2"], Float[np.ndarray, " p"]]:
-    """Pairs of near duplicates (a < b) and their Jaccard similarity, most alike first.
+) -> tuple[Int64[np.ndarray, "p 2"], Float[np.ndarray, " p"], bool]:
+    """Pairs of near duplicates (a < b), most alike first; their Jaccard similarity; and whether there may be more.
 
     Not every pair of a group is among them, but every text that has a near duplicate is in a pair (see above for the
-    probability). With `references`, one of the pair is among that many first texts and the other is not.
+    probability), unless there are more than `PAIRS` likely ones: then the likeliest are counted out. With `references`,
+    one of the pair is among that many first texts and the other is not.
     """
     pairs = _candidates(signed, len(signed) if references is None else references, references is not None)
     similar = _jaccard(pairs, read)
     order = np.argsort(-similar, kind="stable")
     order = order[similar[order] >= NEAR]
-    return pairs[order], similar[order]
+    return pairs[order], similar[order], len(pairs) == PAIRS
 
 
 def groups(pairs: Int64[np.ndarray, "p 2"], count: int) -> list[Int64[np.ndarray, " _"]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def _finding(
 def near_duplicates(drawn: Sketch, remedy: str) -> tuple[list[Finding], list[Int64[np.ndarray, " _"]]]:
     """Texts that nearly repeat another of their side; and the groups of them, by their numbers, largest first."""
     texts = drawn.texts
-    pairs, similar = near.near_pairs(drawn.signed, drawn.read)
+    pairs, similar, more = near.near_pairs(drawn.signed, drawn.read)
     grouped = near.groups(pairs, len(drawn.numbers))
     if not grouped:
         return [], []
@@ -86,10 +87,9 @@ def near_duplicates(drawn: Sketch, remedy: str) -> tuple[list[Finding], list[Int
         shown = texts.contrasted(drawn.numbers[group[:GROUP]])
         examples.append({"note": f"{len(group)} texts, similarity up to {best:.2f}", "texts": shown})
     count = sum(len(group) - 1 for group in grouped)
-    message = (
-        f"{texts.side} that nearly repeat another: {near.NEAR:.0%} of their character 5-grams or more are shared "
-        f"(groups: {len(grouped):,}; {drawn.looked})"
-    )
+    told = f"groups: {len(grouped):,}; {drawn.looked}{'; there may be more' if more else ''}"
+    shared = f"{near.NEAR:.0%} of their character 5-grams or more are shared"
+    message = f"{texts.side} that nearly repeat another: {shared} ({told})"
     first = int(drawn.numbers[grouped[0][1]])
     found = _finding(texts, first, "near duplicate", message, remedy, count, len(drawn.numbers), examples)
     return [found], [drawn.numbers[group] for group in grouped]
@@ -99,15 +99,15 @@ def near_leakage(drawn: Sketch, evaluation: Evaluation, asked: Sequence[Sequence
     """Texts of a side that nearly repeat one of the evaluation's, and repeat none of them."""
     texts = drawn.texts
     known = np.concatenate([text_keys(side) for side in asked])
-    others = [text for side in asked for text in _some(side)]
+    others = evenly(sum(map(len, asked)), SIGNED)
     new = np.flatnonzero(~np.isin(texts.keys[drawn.numbers], known))
-    signed = np.concatenate([near.signatures(_batches(others), len(others)), drawn.signed[new]])
+    signed = np.concatenate([near.signatures(_batches(asked, others), len(others)), drawn.signed[new]])
 
     def read(places: Int64[np.ndarray, " _"]) -> list[str]:
-        theirs = [others[place] for place in places[places < len(others)].tolist()]
+        theirs = [_nth(asked, number) for number in others[places[places < len(others)]].tolist()]
         return theirs + drawn.read(new[places[places >= len(others)] - len(others)])
 
-    pairs, similar = near.near_pairs(signed, read, references=len(others))
+    pairs, similar, more = near.near_pairs(signed, read, references=len(others))
     mine, best = np.unique(pairs[:, 1], return_index=True)
     if not len(mine):
         return []
@@ -118,12 +118,14 @@ def near_leakage(drawn: Sketch, evaluation: Evaluation, asked: Sequence[Sequence
             "note": f"similarity {similar[at]:.2f}",
             "texts": [
                 texts.quoted(int(number)),
-                {"text": shortened(others[pairs[at, 0]]), "file": evaluation.name, "line": 0},
+                {"text": shortened(_nth(asked, int(others[pairs[at, 0]]))), "file": evaluation.name, "line": 0},
             ],
         }
         for at, number in sorted(zip(best.tolist(), numbers.tolist(), strict=True))[:PLACES]
     ]
-    message = f"{texts.side} that nearly repeat {what} of {name} ({drawn.looked})"
+    message = (
+        f"{texts.side} that nearly repeat {what} of {name} ({drawn.looked}{'; there may be more' if more else ''})"
+    )
     remedy = f"read them: where they say the same, results would be learned by heart; train without them: {WRITE}"
     first = int(numbers.min())
     found = _finding(texts, first, "near leakage", message, remedy, len(mine), len(drawn.numbers), examples)
@@ -131,16 +133,22 @@ def near_leakage(drawn: Sketch, evaluation: Evaluation, asked: Sequence[Sequence
     return [replace(found, severity="warning", drop=texts.of.numbers[np.unique(np.concatenate(rows))])]
 
 
-def _some(texts: Sequence[str]) -> Iterator[str]:
-    if len(texts) <= SIGNED:
-        yield from texts
-    else:
-        yield from (texts[int(i)] for i in evenly(len(texts), SIGNED))
+def _nth(sides: Sequence[Sequence[str]], number: int) -> str:
+    """Text `number` of several sequences end to end."""
+    for side in sides:
+        if number < len(side):
+            return side[number]
+        number -= len(side)
+    raise IndexError(number)
 
 
-def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(texts), AT_ONCE):
-        yield texts[start : start + AT_ONCE]
+def _batches(sides: Sequence[Sequence[str]], numbers: Int64[np.ndarray, " c"]) -> Iterator[list[str]]:
+    """The texts of these numbers, which ascend, in several sequences end to end: one pass, little held at a time."""
+    texts, start = chain.from_iterable(sides), 0
+    while batch := list(islice(texts, AT_ONCE)):
+        first, last = np.searchsorted(numbers, [start, start + len(batch)])
+        yield [batch[number - start] for number in numbers[first:last].tolist()]
+        start += len(batch)
 
 
 def near_repeats(keys: Keys, groups: Mapping[str, Sequence[Int64[np.ndarray, " _"]]]) -> Int64[np.ndarray, " r"]:

@@ -130,7 +130,7 @@ def show(checked: Checked, written: Path | None = None) -> None:
         many = "1 row is" if len(checked.drop) == 1 else f"{len(checked.drop):,} rows are"
         console.print(f"{many} better left out; the same command with --write FILE writes the others.", markup=False)
     for rule, remedy in checked.not_looked.items():
-        console.print(f"{rule}: not looked for; {remedy}", markup=False, style="dim")
+        console.print(f"{rule}: not looked for: {remedy}", markup=False, style="dim")
 
 
 def _summary_line(checked: Checked) -> str:
