@@ -184,6 +184,8 @@ def _examine_texts(found: Checked, table: Table, keys: Keys, evaluation: Evaluat
     alike: dict[str, list[Int64[np.ndarray, " _"]]] = {}
     repeats: list[Finding] = []
     for texts in texts_of(table, keys):
+        if not len(texts):
+            continue
         side = texts.side
         drawn = rules.sketch(texts, effort.characters)
         findings, groups = rules.near_duplicates(drawn, REPEATS[side])
