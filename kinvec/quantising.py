@@ -5,11 +5,14 @@ Shapes: n = vectors, d = dimensions, c = bytes of a vector's bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Int8, Shaped, UInt8
+
+from kinvec.files.vectors import write_array
 
 Ranges = Float32[np.ndarray, "2 d"]
 """Of each dimension the smallest and the largest value, over the vectors that are to be stored."""
@@ -73,3 +76,46 @@ PRECISIONS = {
     "int8": Precision(8, to_int8, from_int8, coarse=True),
     "binary": Precision(1, lambda v, _: to_bits(v), lambda v, ranges: from_bits(v, ranges.shape[1]), coarse=True),
 }  # fmt: skip
+
+
+# --- Shards on disk ---------------------------------------------------------------------------------------------------
+
+BLOCK_ROWS = 65_536  # vectors in float32 at a time
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A shard of stored vectors as float32 rows: has a length, and gives slices of rows, restored as they are read."""
+
+    stored: Shaped[np.ndarray, "n c"]
+    precision: str
+    ranges: Ranges
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, rows: slice) -> Float32[np.ndarray, "_ d"]:
+        return PRECISIONS[self.precision].restore(np.asarray(self.stored[rows]), self.ranges)
+
+
+def store(
+    shards: Sequence[Path], ranges_file: Path, precision: str, m: int, scale: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    """Rewrite float32 shards [_, d] as their first `m` dimensions, scaled by `scale`, in `precision`.
+
+    The ranges over all shards are written first and the shards one by one, each beside and renamed: the same call
+    goes on where one was killed. Memory is that of a stored shard.
+    """
+
+    def blocks(path: Path) -> Iterable[Float32[np.ndarray, "_ d"]]:
+        shard = np.load(path, mmap_mode="r")
+        return (scale(shard[start : start + BLOCK_ROWS, :m]) for start in range(0, len(shard), BLOCK_ROWS))
+
+    if not ranges_file.exists():
+        write_array(ranges_file, ranges_of(block for path in shards for block in blocks(path)))
+    ranges, how = np.load(ranges_file), PRECISIONS[precision]
+    form = how.store(ranges, ranges)  # two rows as they are stored: their type and width
+    for path in shards:
+        there = np.load(path, mmap_mode="r")
+        if (there.dtype, there.shape[1]) != (form.dtype, form.shape[1]):
+            write_array(path, np.concatenate([how.store(block, ranges) for block in blocks(path)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 from sentence_transformers.util.quantization import quantize_embeddings
 from test_tasks import Words, problem
+from tiny_models import WORDS
 
 import kinvec
-from kinvec import Embedder, metrics, tasks
+from kinvec import Embedder, metrics, quantising, tasks
 from kinvec.contracts import Corpus, PairData, Qrels
-from kinvec.quantising import from_bits, from_int8, ranges_of, to_bits, to_int8
+from kinvec.quantising import PRECISIONS, from_bits, from_int8, ranges_of, to_bits, to_int8
 from kinvec.tasks import compression
 from kinvec.tasks.compression import cheaper, small_enough, trained_dimensions
 from kinvec.verbs.embed import embed
@@ -201,6 +203,89 @@ def test_vectors_on_disk_give_the_same_figures(tiny_folder: Path, tmp_path: Path
     on_disk = evaluate(embeddings=tmp_path / "vectors", data=folder, cheaper=True)
     encoded = evaluate(tiny_folder, folder, precision="fp32", cheaper=True)
     assert on_disk.cheaper == encoded.cheaper and len(encoded.cheaper["rows"]) == 18
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> dict[str, Path]:
+    """A search over 30 documents, as a folder, and what `kinvec embed` takes of it."""
+    folder = tmp_path / "data"
+    (folder / "qrels").mkdir(parents=True)
+    texts = {f"d{i}": " ".join(WORDS[i : i + 4]) for i in range(30)}
+    for name, ids in (("corpus", list(texts)), ("queries", ["d1", "d5", "d9"])):
+        rows = (json.dumps({"_id": one, "text": texts[one]}) + "\n" for one in ids)
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+    judged = "".join(f"d{i}\td{i + 1}\t1\n" for i in (1, 5, 9))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    return {"data": folder, "queries": folder / "queries.jsonl", "docs": folder / "corpus.jsonl"}
+
+
+@pytest.mark.parametrize(("stored", "m"), [("int8", 32), ("binary", 20), ("float16", 20), ("float32", 12)])
+def test_documents_are_stored_small_and_score_as_they_are_stored(
+    stored: str, m: int, small: dict[str, Path], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = {side: small[side] for side in ("queries", "docs")}
+    embed(tiny_folder, tmp_path / "full", **sources, precision="fp32")
+    full, queries = (np.load(tmp_path / "full" / f"{side}.npy") for side in ("doc", "query"))
+    ask = partial(embed, tiny_folder, tmp_path / "small", **sources, precision="fp32", stored=stored, dimensions=m)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("kinvec.files.vectors.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        ask()
+    manifest = ask()
+    assert (manifest["dimension"], manifest["stored"], manifest["similarity"]) == (m, stored, "dot")
+    shard = np.load(tmp_path / "small" / "doc.npy")
+    assert shard.nbytes == 30 * PRECISIONS[stored].bytes(m)
+    cut, ends = _unit(full[:, :m]), np.load(tmp_path / "small" / "ranges.npy")
+    np.testing.assert_array_equal(shard, PRECISIONS[stored].store(cut, ends))
+    np.testing.assert_allclose(np.load(tmp_path / "small" / "query.npy"), _unit(queries[:, :m]), atol=1e-6)
+    result = evaluate(embeddings=tmp_path / "small", data=small["data"], measures=["nDCG@10"])
+    scores = _unit(queries[:, :m]).astype(np.float64) @ PRECISIONS[stored].restore(shard, ends).T.astype(np.float64)
+    ids = [f"d{i}" for i in range(30)]
+    for row, found in zip(scores, result.per_query["top_ids"], strict=True):
+        assert found == _order(row, ids)[:10]
+
+
+def test_storing_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(3)
+    shards = [draw.normal(size=(n, 16)).astype(np.float32) for n in (20, 7)]
+    paths = [tmp_path / f"doc-{i}.npy" for i in range(2)]
+    for path, shard in zip(paths, shards, strict=True):
+        np.save(path, shard)
+    done: list[Path] = []
+
+    def dying(path: Path, array: np.ndarray) -> None:
+        if path == paths[1] and len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(path)
+        np.save(path, array)
+
+    ask = partial(quantising.store, paths, tmp_path / "ranges.npy", "int8", 12, _unit)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(quantising, "write_array", dying)
+        ask()
+    ask()
+    ends = ranges_of(_unit(shard[:, :12]) for shard in shards)
+    for path, shard in zip(paths, shards, strict=True):
+        np.testing.assert_array_equal(np.load(path), to_int8(_unit(shard[:, :12]), ends))
+
+
+def test_what_cannot_be_stored_is_said(
+    main: Callable[..., tuple[int, str]], small: dict[str, Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    asked = ["embed", "--model", str(tiny_folder), "--out", str(tmp_path / "v"), "--queries", str(small["queries"])]
+    docs = ["--docs", str(small["docs"])]
+    for given, said in (
+        ([*docs, "--stored", "int4"], "known are float32, float16, int8, binary"),
+        (["--stored", "int8"], "add --docs"),
+        ([*docs, "--dimensions", "64"], "gives vectors of 32 dimensions"),
+        ([*docs, "--dimensions", "8", "--layout", "nemo"], "drop --layout"),
+    ):
+        code, told = main(*asked, *given)
+        assert code == 2 and said in told, told
+    assert main(*asked, *docs, "--stored", "int8")[0] == 0
+    code, told = main(*asked, *docs, "--stored", "binary")
+    assert code == 1 and "other settings" in told
+    code, told = main("evaluate", "--embeddings", str(tmp_path / "v"), "--data", str(small["data"]), "--cheaper")
+    assert code == 2 and "starts from float32" in told
 
 
 def test_what_cannot_be_measured_is_said(

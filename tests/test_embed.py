@@ -201,13 +201,13 @@ from kinvec.files import vectors
 
 WORDS = {WORDS}
 {"".join(inspect.getsource(function) for function in (count, rows, write))}
-vectors.WINDOW, vectors.SHARD_WINDOWS, write_array = 4, 3, vectors._write_array
+vectors.WINDOW, vectors.SHARD_WINDOWS, write_array = 4, 3, vectors.write_array
 
 def slowly(path, array):
     write_array(path, array)
     time.sleep(0.03)
 
-vectors._write_array = slowly
+vectors.write_array = slowly
 folder = Path(sys.argv[1])
 state = vectors.read_state(folder)
 if state is None:

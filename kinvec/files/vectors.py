@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from kinvec.config import differences
 from kinvec.console import say
@@ -140,7 +140,7 @@ def write_side(
             part = folder / f"{side}.{window:07d}.part"
             new = not (folder / name).exists() and not part.exists()
             if new:
-                _write_array(part, np.ascontiguousarray(encode(batch), dtype=np.float32))
+                write_array(part, np.ascontiguousarray(encode(batch), dtype=np.float32))
             parts.append(part)
             advance(len(batch), new)
         if not (folder / name).exists():
@@ -161,7 +161,7 @@ def finish(folder: Path, state: Mapping[str, Any], about: Mapping[str, Any]) -> 
                 f"the {side} file had {said['rows']:,} rows and then {found:,}; add --force to start afresh"
             )
     qrels = {"qrels": QRELS} if (folder / QRELS).exists() else {}
-    about = {**about, "dimension": dimension}
+    about = {"dimension": dimension, **about}
     manifest = {"kind": KIND, "format": FORMAT, **about, **sides, **qrels, "rows": rows, "settings": state["settings"]}
     write_json(folder / MANIFEST, manifest)
     (folder / PROGRESS).unlink(missing_ok=True)
@@ -205,7 +205,8 @@ def _windows(texts: Iterator[tuple[str, str]]) -> Iterator[list[str]]:
         yield batch
 
 
-def _write_array(path: Path, array: Float[np.ndarray, "n d"]) -> None:
+def write_array(path: Path, array: Shaped[np.ndarray, "n d"]) -> None:
+    """Write a plain NumPy file, beside and renamed."""
     beside = beside_path(path)
     with open(beside, "wb") as file:
         np.save(file, array, allow_pickle=False)

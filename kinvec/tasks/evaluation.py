@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32, Int64
 
 from kinvec import metrics
 from kinvec.contracts import Encoder, KinvecError, PairData, RecipeError, Result, RetrievalData
+from kinvec.quantising import Restored
 from kinvec.tasks.lexical import bm25
 from kinvec.tasks.picture import SearchPicture
 from kinvec.tasks.rankings import MEASURES, check_problem, from_rankings, search_depth, timed, versions
@@ -71,7 +72,7 @@ def retrieval(data: RetrievalData, encoder: Encoder, measures: Sequence[str] = (
 def from_vectors(
     data: RetrievalData,
     queries: tuple[Sequence[str], Sequence[np.ndarray]],
-    documents: tuple[Sequence[str], Sequence[np.ndarray]],
+    documents: tuple[Sequence[str], Sequence[np.ndarray | Restored]],
     measures: Sequence[str] = (),
     *,
     similarity: str = "dot",

@@ -22,6 +22,8 @@ def embed(
     queries: str | Path | None = None,
     docs: str | Path | None = None,
     layout: str = "kinvec",
+    stored: str = "float32",
+    dimensions: int | None = None,
     prompts: Mapping[str, str] | None = None,
     api_model: str | None = None,
     force: bool = False,
@@ -34,8 +36,9 @@ def embed(
     `model`, `prompts` and `api_model` are those of `encoders.open_encoder`: a server's vectors can be kept, too.
     The same call continues a folder that was begun, and leaves a finished one as it is; `force` starts afresh. Memory
     does not grow with the number of texts. With `layout="nemo"` the vectors are there a second time, as NeMo's GPT
-    embedding model writes them. Raises `KinvecError` if a source is wrong, if `out` holds other things, or
-    if it was begun with another model, other texts or other settings.
+    embedding model writes them. Of `dimensions` the first so many are kept; `stored` is how documents are (a key of
+    `quantising.PRECISIONS`; queries stay float32). Raises `KinvecError` if a source is wrong, if `out` holds other
+    things, or if it was begun with another model, other texts or other settings.
     """
     from kinvec.backbone import set_threads
     from kinvec.console import say
@@ -49,10 +52,11 @@ def embed(
     sources = {side: (source, read) for side, (source, read) in given.items() if source is not None}
     if not sources:
         raise RecipeError("there is nothing to embed; add --queries FILE, --docs FILE or both")
+    form = _form(stored, dimensions, docs, layout)
     folder = Path(out)
     vectors.refuse_foreign(folder)
     set_threads(threads)
-    content = {side: _fingerprint(source) for side, (source, _) in sources.items()}
+    content = {side: _fingerprint(source) for side, (source, _) in sources.items()} | form
     load = partial(
         open_encoder, str(model), precision=precision, device=device, prompts=prompts, api_model=api_model
     )  # fmt: skip
@@ -62,6 +66,7 @@ def embed(
         texts = {side: read(source) for side, (source, read) in sources.items()}
         with vectors.listed(folder, texts, judged) as (new, rows):
             encoder = load()
+            _check_dimensions(encoder, dimensions)
             state = vectors.begin(folder, new, rows, _settings(encoder, content))
     else:
         encoder = load()
@@ -75,12 +80,58 @@ def embed(
     for side, (source, read) in sources.items():
         n = state["rows"][side]
         vectors.write_side(folder, side, n, read(source), encode[side], _teller(side, n))
-    manifest = vectors.finish(folder, state, _about(encoder, model))
+    about = _about(encoder, model) | (_store(folder, state["rows"], form, encoder) if form else {})
+    manifest = vectors.finish(folder, state, about)
     _lay_out(folder, layout, manifest, encoder)
     return manifest
 
 
 LAYOUTS = ("kinvec", "nemo")
+
+
+def _form(stored: str, dimensions: int | None, docs: str | Path | None, layout: str) -> dict[str, Any]:
+    """What is asked for besides the model's own float32 vectors; nothing, if nothing is."""
+    from kinvec.contracts import RecipeError
+    from kinvec.quantising import PRECISIONS
+
+    if stored not in PRECISIONS:
+        raise RecipeError(f"--stored {stored} is unknown; known are {', '.join(PRECISIONS)}")
+    form: dict[str, Any] = {"stored": stored} if stored != "float32" else {}
+    form |= {"dimensions": dimensions} if dimensions is not None else {}
+    if form and (docs is None or layout != "kinvec"):
+        raise RecipeError("--stored and --dimensions are for documents in our own layout; add --docs, drop --layout")
+    return form
+
+
+def _check_dimensions(encoder: LastingEncoder, dimensions: int | None) -> None:
+    from kinvec.contracts import RecipeError
+
+    if dimensions is not None and not 0 < dimensions <= (d := encoder.encode_documents(["one text"]).shape[1]):
+        raise RecipeError(f"--dimensions {dimensions}: {encoder.name} gives vectors of {d} dimensions")
+
+
+def _store(folder: Path, rows: dict[str, int], form: dict[str, Any], encoder: LastingEncoder) -> dict[str, Any]:
+    """Cut and scale both sides, and store the documents' in their form; what the manifest says of it.
+
+    Scores are inner products from then on: what is cut and rounded is not scaled again.
+    """
+    import numpy as np
+
+    from kinvec.files import vectors
+    from kinvec.quantising import store
+    from kinvec.tasks.evaluation import scaling
+
+    scale, ranges, stored = scaling(_similarity(encoder)), folder / "ranges.npy", form.get("stored", "float32")
+    paths = {side: [folder / name for name in vectors.shard_names(side, n)] for side, n in rows.items()}
+    if not ranges.exists():
+        dimensions = form.get("dimensions") or np.load(paths["doc"][0], mmap_mode="r").shape[1]
+        for path in paths.get("query", ()):
+            vectors.write_array(path, scale(np.load(path)[:, :dimensions]))
+    else:
+        dimensions = np.load(ranges).shape[1]
+    store(paths["doc"], ranges, stored, dimensions, scale)
+    said = {"dimension": dimensions, "stored": stored, "ranges": ranges.name, "similarity": "dot"}
+    return said | {"dtype": str(np.load(paths["doc"][0], mmap_mode="r").dtype)}
 
 
 def _lay_out(folder: Path, layout: str, manifest: dict[str, Any], encoder: LastingEncoder) -> None:
@@ -111,6 +162,10 @@ def _settings(encoder: LastingEncoder, content: dict[str, str]) -> dict[str, Any
     return {"model": encoder.fingerprint, "precision": precision, **here, "window": vectors.WINDOW, **content}
 
 
+def _similarity(encoder: LastingEncoder) -> str:
+    return getattr(encoder, "similarity", "cosine")
+
+
 def _about(encoder: LastingEncoder, model: str | Path) -> dict[str, Any]:
     from kinvec.embedder import Embedder
     from kinvec.tasks.rankings import versions
@@ -120,7 +175,7 @@ def _about(encoder: LastingEncoder, model: str | Path) -> dict[str, Any]:
         "prompts": getattr(encoder, "prompts", {}),
         "max_length": getattr(encoder, "max_length", None),
         "dtype": "float32",
-        "similarity": getattr(encoder, "similarity", "cosine"),
+        "similarity": _similarity(encoder),
         "versions": versions(),
     }
 
@@ -154,6 +209,8 @@ def command(
         list[str] | None, typer.Option(help="query=TEXT or document=TEXT, put before each; may be repeated.")
     ] = None,
     api_model: Annotated[str | None, typer.Option(help="Which model of a server; its key: KINVEC_API_KEY.")] = None,
+    stored: Annotated[str, typer.Option(help="Documents as float32, float16, int8 or binary.")] = "float32",
+    dimensions: Annotated[int | None, typer.Option(help="Keep the first so many dimensions, scaled again.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Start afresh, deleting the vectors in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware has it.")] = "auto",
@@ -167,8 +224,9 @@ def command(
     from kinvec.encoders import named_prompts
 
     manifest = embed(
-        model, out, queries=queries, docs=docs, layout=layout, prompts=named_prompts(prompt or ()), api_model=api_model,
-        force=force, precision=precision, device=device, threads=threads,
+        model, out, queries=queries, docs=docs, layout=layout, stored=stored, dimensions=dimensions,
+        prompts=named_prompts(prompt or ()), api_model=api_model, force=force, precision=precision, device=device,
+        threads=threads,
     )  # fmt: skip
     if as_json:
         print(json.dumps(manifest, indent=2, ensure_ascii=False))

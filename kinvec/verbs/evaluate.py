@@ -110,12 +110,20 @@ def _score_model(
 def _score_vectors(
     folder: Path, source: str | Path | None, split: str, measures: Sequence[str], cheaper: Sequence[int] | None
 ) -> Result:
+    import numpy as np
+
     from kinvec import tasks
-    from kinvec.contracts import KinvecError, RetrievalData
+    from kinvec.contracts import KinvecError, RecipeError, RetrievalData
     from kinvec.files import open_problem, vectors
+    from kinvec.quantising import Restored
 
     queries, documents = vectors.open_vectors(folder, "query"), vectors.open_vectors(folder, "doc")
     said = vectors.read_state(folder) or {}
+    shards: list[Any] = list(documents.shards)
+    if said.get("stored", "float32") != "float32":
+        if cheaper is not None:
+            raise RecipeError(f"{folder} holds {said['stored']} vectors; --cheaper starts from float32")
+        shards = [Restored(shard, said["stored"], np.load(folder / said["ranges"])) for shard in shards]
     qrels = _judged_queries(source) if source is not None else vectors.open_judgements(folder)
     baselines = {}
     if qrels:
@@ -128,7 +136,7 @@ def _score_vectors(
             raise KinvecError("an embeddings folder is scored by judged queries; scored pairs need --model")
         ranked = [name for name in measures if name not in tasks.TRIPLETS]
         data, baselines = opened, {"BM25": tasks.bm25(opened, ranked or tasks.MEASURES).metrics}
-    sides = (queries.ids, queries.shards), (documents.ids, documents.shards)
+    sides = (queries.ids, queries.shards), (documents.ids, shards)
     similarity = said.get("similarity", "dot")
     result = tasks.from_vectors(data, *sides, measures, similarity=similarity)
     if cheaper is not None:
