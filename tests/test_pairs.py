@@ -167,6 +167,10 @@ def test_labels_of_two_are_known_by_what_they_are(tmp_path: Path, labels: list[A
 def test_scores_of_more_than_two_are_a_similarity_and_other_words_are_refused(tmp_path: Path) -> None:
     graded = [{"sentence1": "a", "sentence2": "b", "label": score} for score in (0, 1, 2)]
     assert files.open_problem(rows_of(tmp_path / "graded.jsonl", graded)).kind == "similarity"
+    with pytest.raises(KinvecError, match=r"two labels, such as 0 and 1, and here are 3"):
+        files.open_problem(tmp_path / "graded.jsonl", task="pair-classification")
+    with pytest.raises(KinvecError, match=r"one\.jsonl: all scores are 2; give pairs that are alike and pairs"):
+        files.open_problem(rows_of(tmp_path / "one.jsonl", graded[2:]))
     odd = [{"sentence1": "a", "sentence2": "b", "label": label} for label in ("same", "other")]
     with pytest.raises(KinvecError, match=r"odd\.jsonl:1: 'label' is 'same', not a finite number"):
         files.open_problem(rows_of(tmp_path / "odd.jsonl", odd))

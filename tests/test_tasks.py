@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import pytrec_eval
 from conftest import MINILM
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial import distance
+from test_metrics import PYTREC
 
 from kinvec import files, tasks
 from kinvec.contracts import Corpus, KinvecError, PairData, Qrels, RecipeError, Result, RetrievalData
@@ -117,6 +118,28 @@ def test_equal_to_pytrec_eval_on_the_raw_cosines() -> None:
     ours = tasks.retrieval(data, words, ["nDCG@3", "AP@3", "R@5"]).per_query
     for name, key in {"nDCG@3": "ndcg_cut_3", "AP@3": "map_cut_3", "R@5": "recall_5"}.items():
         assert ours[name] == pytest.approx([theirs[q][key] for q in data.qrels], abs=1e-7)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.sampled_from(["cat", "cat sat", "dog", "the dog", "rain falls", "a", "zebra"]), min_size=1, max_size=9),
+    st.dictionaries(
+        st.sampled_from(["q1", "q2", "q3"]),
+        st.dictionaries(st.sampled_from([f"d{i}" for i in range(10)]), st.integers(0, 3), min_size=1), min_size=1,
+    ),
+)  # fmt: skip
+def test_equal_to_pytrec_eval_with_equal_texts_graded_and_missing_documents(texts: list[str], qrels: Qrels) -> None:
+    ids = [f"d{i}" for i in range(len(texts))]
+    queries = {"q1": "cat", "q2": "the dog", "q3": "rain"}
+    found = tasks.retrieval(
+        RetrievalData(Corpus(ids, texts), queries, qrels, "f"), Words(), list(PYTREC), baseline=False
+    )
+    asked, vectors = (Words().encode_documents(t).astype(float) for t in ([queries[q] for q in qrels], texts))
+    cosine = asked @ vectors.T / np.linalg.norm(asked, axis=1)[:, None] / np.linalg.norm(vectors, axis=1)
+    run = {q: dict(zip(ids, cosine[i].round(5).tolist(), strict=True)) for i, q in enumerate(qrels)}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, set(PYTREC.values())).evaluate(run)
+    for name, key in PYTREC.items():
+        assert found.per_query[name] == pytest.approx([theirs[q][key] for q in qrels], abs=1e-6), name
 
 
 def test_a_corpus_in_windows_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:

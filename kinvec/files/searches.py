@@ -102,12 +102,19 @@ def open_pairs(
 ) -> PairData:
     """Scored pairs of texts; `split` picks the part of a folder or hub data set.
 
-    Pairs whose scores are 0 and 1 are a pair classification, others a similarity, unless `kind` says which.
+    Pairs whose scores are 0 and 1 are a pair classification, others a similarity, unless `kind` says which. Raises
+    `KinvecError` where all scores are equal, or for a pair classification more than two.
     """
     table = open_data(source, split=split, kind="pairs", columns=columns)
     first, second = (ArrowStrings(table.arrow, name) for name in ("first", "second"))
     scores = [score for batch in table.batches(["score"]) for score in batch.column(0).to_pylist()]
-    kind = kind or kind_of_pairs(scores)
+    kind, different = kind or kind_of_pairs(scores), len(set(scores))
+    if different < 2:
+        raise KinvecError(f"{source}: all scores are {scores[0]:g}; give pairs that are alike and pairs that are not")
+    if kind == "pair-classification" and different > 2:
+        raise KinvecError(
+            f"{source}: a pair classification has two labels, such as 0 and 1, and here are {different:,}"
+        )
     return PairData(first, second, scores, table.fingerprint, name=Path(source).stem, split=split, kind=kind)
 
 
