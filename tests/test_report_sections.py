@@ -20,6 +20,7 @@ from kinvec.contracts import KinvecError, Result
 from kinvec.reporting import build_report, collect, collect_several, render
 from kinvec.reporting.maps import pictures, turn
 from kinvec.reporting.similarities import similarities
+from kinvec.tasks import picture
 from kinvec.tasks.evaluation import unit
 from kinvec.verbs.evaluate import evaluate
 from kinvec.verbs.mine import mine
@@ -55,6 +56,15 @@ def test_a_picture_that_is_only_turned_and_mirrored_looks_the_same() -> None:
     assert np.abs(before - after).max() <= 0.11, "per cent, rounded to a tenth"
     cloud = np.random.default_rng(0).normal(size=(30, 2))
     assert turn(cloud @ [[0, 1], [1, 0]], cloud) == pytest.approx(cloud - cloud.mean(axis=0))
+
+
+@pytest.mark.slow
+def test_umap_has_its_places_where_it_is_installed() -> None:
+    pytest.importorskip("umap")
+    vectors = np.random.default_rng(0).normal(size=(60, 16)).astype(np.float32)
+    first, again = (picture.places(vectors, ["pca"]) for _ in range(2))
+    assert first["umap"].shape == (60, 2) and np.isfinite(first["umap"]).all()
+    assert np.array_equal(first["umap"], again["umap"])
 
 
 def test_results_without_places_have_no_map() -> None:
@@ -93,9 +103,9 @@ def test_pointing_at_a_text_marks_it_on_both_sides(browser: Browser, tmp_path: P
     x, y = places[lonely] / 100
     page.mouse.move(box["x"] + box["width"] * x, box["y"] + box["height"] * y)
     assert page.locator(".map output").inner_text() == found["texts"][lonely]
-    for n, picture in enumerate(pictures_shown.all()):
+    for n, side in enumerate(pictures_shown.all()):
         x, y = found["methods"][0]["places"][n][lonely]
-        assert picture.locator(".mark").get_attribute("d") == f"M{x:g} {y:g}h0"
+        assert side.locator(".mark").get_attribute("d") == f"M{x:g} {y:g}h0"
     page.mouse.move(0, 0)
     page.locator(".map").focus()
     page.keyboard.press("Home")

@@ -45,10 +45,10 @@ def tsne(vectors: Float32[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
 
 def umap(vectors: Float32[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
     """Near texts stay near, by UMAP (McInnes et al. 2018) over cosine distance; umap-learn has to be installed."""
-    from umap import UMAP  # type: ignore[import-not-found]  # nothing else needs it, and it brings a compiler
-
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a seed means one thread
+        warnings.simplefilter("ignore")  # that TensorFlow is not there, and that a seed means one thread
+        from umap import UMAP  # type: ignore[import-not-found]  # nothing else needs it, and it brings a compiler
+
         layout = UMAP(metric="cosine", n_neighbors=min(15, len(vectors) - 1), random_state=SEED)
         plane: np.ndarray = layout.fit_transform(vectors)
     return plane
