@@ -207,6 +207,6 @@ def test_ticks_read_well() -> None:
 
 def test_the_verb_writes_where_it_is_told(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    assert report(run, tmp_path / "elsewhere.html") == tmp_path / "elsewhere.html"
+    assert report(run, out=tmp_path / "elsewhere.html") == tmp_path / "elsewhere.html"
     assert not (run / "report.html").exists()
     assert report(run).read_text().count("<section") == 1 + len(collect(run)["sections"])
