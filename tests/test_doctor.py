@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kinvec.checks import keys_of
 from kinvec.contracts import RecipeError
 from kinvec.doctor import QUICK, Checked, check_source, examine, near, to_json
 from kinvec.doctor.languages import languages
+from kinvec.doctor.texts import texts_of
 from kinvec.files import open_data
 from kinvec.recipe import load_recipe
 from kinvec.run_data import examined, open_run_data
@@ -374,3 +376,19 @@ def test_a_run_keeps_what_the_doctor_says_of_the_rows_it_trains_on(tmp_path: Pat
     (finding,) = [finding for finding in told["findings"] if finding["rule"] == "near leakage"]
     assert finding["count"] == len(leaked) > 0 and finding["message"].endswith(f"(all {len(trained)} queries)")
     assert "leakage" in told["looked"] and set(told["languages"]) == {"queries", "documents"}
+
+
+def test_texts_are_read_again_after_their_pages_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"query": f"query {i}", "pos_doc": [f"first {i}", f"second {i}"], "neg_doc": [f"other {i}"]} for i in range(9)
+    ]
+    table = open_data(jsonl(tmp_path / "rows.jsonl", rows))
+    queries, documents = texts_of(table, keys_of(table))
+    assert queries.read(np.array([8, 0])) == ["query 8", "query 0"] and "_mapped" in vars(table.arrow)
+    monkeypatch.setattr("kinvec.doctor.texts.MAPPED", 1)
+    for _ in range(2):
+        assert documents.read(np.array([0, 1, 2, 26])) == ["first 0", "second 0", "other 0", "other 8"]
+        assert "_mapped" not in vars(table.arrow)
+    assert [text for batch in documents.batches(np.array([1, 2, 25])) for text in batch] == [
+        "second 0", "other 0", "second 8",
+    ]  # fmt: skip

@@ -16,6 +16,7 @@ from jaxtyping import Int32, Int64
 from kinvec.checks import Keys, chosen_batches, entries_of, quoted
 from kinvec.files import Table
 
+MAPPED = 500  # texts read here and there before their pages are given back
 LEAD = 30  # characters shown of what texts have in common, before the first that differs
 
 SIDES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -53,7 +54,10 @@ class Texts:
 
     def read(self, numbers: Int64[np.ndarray, " c"]) -> list[str]:
         """Some texts."""
-        return [self.text(number) for number in numbers.tolist()]
+        found = [self.text(number) for number in numbers.tolist()]
+        if len(found) > MAPPED:
+            self.table.arrow.let_go()
+        return found
 
     def quoted(self, number: int) -> dict[str, Any]:
         """Text `number` as an example, with its place."""

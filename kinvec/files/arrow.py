@@ -84,6 +84,11 @@ class ArrowTable:
         number = bisect_right(self._ends, row)
         return self._mapped[number], row - (self._ends[number - 1] if number else 0)
 
+    def let_go(self) -> None:
+        """Unmap the file, whose pages that were read count as the process's own; the next look maps it anew."""
+        for name in ("_mapped", "_ends", "rows"):
+            self.__dict__.pop(name, None)
+
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Every batch in order, by plain reads into memory that is freed again: a pass takes one batch's memory.
 
