@@ -150,7 +150,7 @@ def _judged(told: dict[str, Any], guards: Sequence[Guard], base: Path, folder: P
             "chosen_on": "test" if guard.dev is guard.problem else "dev", "base": before.metrics[metric],
         }  # fmt: skip
         found[guard.name] = said | found.get(guard.name, {}) | {model: drop(before, after, metric)}
-    nothing = {"verdict": None, "said": "", "share": 1.0, "measure": None, "points": [], "retained": {}}
+    nothing: dict[str, Any] = {"verdict": None, "said": "", "share": 1.0, "measure": None, "points": [], "retained": {}}
     return nothing | told | {"guards": found}
 
 
@@ -270,8 +270,8 @@ def _put(run: Path, embedder: Embedder, base: str, share: float) -> None:
 def retained(base: Result, full: Result, model: Result) -> dict[str, Any]:
     """The share of the gain by the task's main metric that a mixture keeps: (model − base) / (full − base).
 
-    The 95 % interval is the percentile bootstrap of the ratio, rows resampled with all three models' values. Null where
-    there is no gain to keep; the interval alone where more than a fortieth of the resamples have none.
+    The 95 % interval is the percentile bootstrap of the ratio, rows resampled with all three models' values. All three
+    are null where more than a fortieth of the resamples have no gain: a share of what may be nothing says nothing.
     """
     metric = next(iter(base.metrics))
     values = [result.metrics[metric] for result in (base, full, model)]
@@ -283,7 +283,9 @@ def retained(base: Result, full: Result, model: Result) -> dict[str, Any]:
         rows = draws.integers(0, n, n)
         ratios.append(_ratio(*(value({name: column[rows] for name, column in own.items()}) for own in columns)))
     known = [ratio for ratio in ratios if ratio is not None]
-    low, high = np.quantile(known, [0.025, 0.975]).tolist() if len(known) >= 0.975 * RESAMPLES else (None, None)
+    if len(known) < 0.975 * RESAMPLES:
+        return told | {"retained": None, "low": None, "high": None}
+    low, high = np.quantile(known, [0.025, 0.975]).tolist()
     return told | {"retained": _ratio(*values), "low": low, "high": high}
 
 

@@ -179,7 +179,8 @@ def _show_guard(guard: dict[str, Any], console: Any) -> None:
     made = f": {guard['share']:g} of the tuned weights, the rest the base's" if mixture else ""
     console.print(f"guard {guard['verdict']}{made}", highlight=False)
     for name, kept in guard["retained"].items():
+        gain, whole = (f"{kept[key] - kept['base']:+.4f}" for key in ("model", "full"))
+        share = ""  # not of a gain that may be none
         if kept["retained"] is not None:
-            interval = f" (95 % interval {kept['low']:.0%} to {kept['high']:.0%})" if kept["low"] is not None else ""
-            gains = f"{kept['model'] - kept['base']:+.4f} of {kept['full'] - kept['base']:+.4f}"
-            console.print(f"{name}: {kept['retained']:.0%} of the gain in {kept['metric']} kept, {gains}{interval}")
+            share = f", {kept['retained']:.0%} of it (95 % interval {kept['low']:.0%} to {kept['high']:.0%})"
+        console.print(f"{name}: {kept['metric']} {gain}, with the whole tuned model {whole}{share}", highlight=False)
