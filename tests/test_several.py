@@ -210,6 +210,13 @@ def test_runs_that_differ_in_their_seed_alone_are_one_system(tmp_path: Path) -> 
     assert task.systems[2].spread == [], "other settings are another system"
 
 
+def test_the_mean_of_equal_values_is_a_tie() -> None:
+    same = [searched([0.1] * 9, f"seed {seed}") for seed in (1, 2, 3)]
+    found = tasks.compare_systems([System("base", [same[0]]), System("tuned", same, (1, 2, 3))]).comparisons[0]
+    assert np.mean([0.1] * 3) != 0.1, "which is why"
+    assert [(row.won, row.tied, row.lost) for row in found.metrics] == [(0, 9, 0)] * 2 and not found.wins
+
+
 def test_a_run_is_compared_with_its_base_and_stands_for_its_tuned_model(tmp_path: Path) -> None:
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", gain=-0.05, seed=3)
     (alone,) = verb.compare(a)

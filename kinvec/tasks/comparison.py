@@ -18,6 +18,7 @@ from kinvec.tasks.averages import Runs
 from kinvec.tasks.statistics import Rows
 
 CHANGES_SHOWN = 5
+TIED = 1e-9  # values nearer than this are equal: the mean of three times 0.1 is not 0.1 to the last bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ def difference_of(name: str, a: Runs, b: Runs, values: tuple[float, float], seed
     """The difference by one metric, whose values are known already."""
     x, y = averages.each(name, a), averages.each(name, b)
     interval, chance = averages.difference(name, a, b, seed)
-    counts = [int(np.count_nonzero(test)) for test in (y > x, y == x, y < x)]
+    counts = [int(np.count_nonzero(test)) for test in (y - x > TIED, np.abs(y - x) <= TIED, x - y > TIED)]
     return Difference(name, *values, values[1] - values[0], *interval, chance, *counts)
 
 
@@ -158,7 +159,7 @@ def _changes(by: str, kind: str, a: Runs, b: Runs) -> list[Change]:
     side, first, other = SIDES.get(kind, _search_side), a[0], b[0]
     found = []
     for i, (query_id, query) in enumerate(zip(first["id"], first["query"], strict=True)):
-        if abs(y[i] - x[i]) > 0:  # not where there is no value
+        if abs(y[i] - x[i]) > TIED:  # not where there is no value
             text = f"{query} | {first['second'][i]}" if "second" in first else query
             found.append(Change(query_id, text, float(y[i] - x[i]), side(first, i, x[i]), side(other, i, y[i])))
     return found
