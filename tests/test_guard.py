@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import shutil
@@ -126,7 +127,7 @@ def test_what_is_retained_of_the_gain_and_how_sure() -> None:
     wide = merging.retained(results[0], results[1], noisy)
     assert wide["high"] - wide["low"] > 3 * (found["high"] - found["low"])
     nothing = merging.retained(results[1], results[0], results[2])
-    assert nothing["retained"] is nothing["low"] is None, "there was no gain"
+    assert nothing["retained"] is nothing["low"] is nothing["high"] is None, "there was no gain"
 
 
 # ---- whole runs ----
@@ -285,23 +286,29 @@ def test_intents_make_a_real_model_forget_similarity_and_the_sweep_gives_it_back
     tmp_path: Path, shared_data: Path, main: Main
 ) -> None:
     """Part of Banking77 with part of STS Benchmark as the guard; the whole of both is in docs/training.md."""
-    for folder, suffix in (("banking77", "csv"), ("stsb", "csv")):
-        (tmp_path / folder).mkdir()
-        for split in ("train", "test", "dev"):
-            source = shared_data / folder / (f"sts-{split}.{suffix}" if folder == "stsb" else f"{split}.{suffix}")
-            if source.exists():
-                lines = source.read_text("utf-8").splitlines(keepends=True)
-                kept = lines[:300] if folder == "stsb" else [lines[0], *lines[1::5]]
-                (tmp_path / folder / source.name).write_text("".join(kept), "utf-8")
+    intents, pairs = tmp_path / "banking77", tmp_path / "stsb"
+    intents.mkdir()
+    pairs.mkdir()
+    for split in ("train", "test"):
+        with (
+            open(shared_data / "banking77" / f"{split}.csv", encoding="utf-8", newline="") as source,
+            open(intents / f"{split}.csv", "w", encoding="utf-8", newline="") as file,
+        ):
+            rows = list(csv.reader(source))
+            csv.writer(file).writerows([rows[0], *rows[1::5]])
+    for split in ("dev", "test"):
+        lines = (shared_data / "stsb" / f"sts-{split}.csv").read_text("utf-8").splitlines(keepends=True)
+        (pairs / f"sts-{split}.csv").write_text("".join(lines[:300]), "utf-8")
     settings = ["objective.name=supcon", "trainer.max_steps=40", "trainer.batch_size=64", "trainer.lr=3e-4"]
-    settings += ["trainer.eval_every=40", "data.holdout=0.1", "data.limit=800", "threads=1", "guard.sts.tolerance=0.02"]
-    data = [f"data.train={tmp_path / 'banking77'}", f"guard.sts.data={tmp_path / 'stsb'}"]
+    settings += ["trainer.eval_every=40", "data.holdout=0.1", "data.limit=800", "threads=1"]
+    data = [f"data.train={intents}", f"guard.sts.data={pairs}"]
     code, said = main("train", f"model={MINILM}", *data, *settings, f"out={tmp_path / 'run'}")
     assert code == 0, said
     told = told_by(tmp_path / "run")
     guard, kept = told["guards"]["sts"], told["retained"]["banking77"]
-    assert told["verdict"] == "restored" and guard["full"]["high"] < -0.02 <= guard["model"]["difference"]
-    assert kept["full"] > kept["base"] and kept["retained"] > 0.1
+    assert told["verdict"] == "restored" and guard["full"]["high"] < 0, "it has forgotten, beyond chance"
+    assert guard["full"]["difference"] < -0.01 <= guard["model"]["difference"]
+    assert kept["model"] > kept["base"]
     dev = {found["share"]: found["dev"] for found in told["points"]}
     assert dev[told["share"]] > dev[0.0]
 
