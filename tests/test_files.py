@@ -39,6 +39,7 @@ from kinvec.files import (
 )
 from kinvec.files import arrow as arrow_module
 from kinvec.files import records as records_module
+from kinvec.files.writing import beside_path
 
 GOOD = [{"query": f"question {i}", "pos_doc": f"answer {i}", "neg_doc": [f"other {i}"]} for i in range(40)]
 
@@ -653,6 +654,15 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         replace_folder(tmp_path / "absent", tmp_path / "final")
     assert (tmp_path / "final" / "new").read_text() == "new"
+
+
+def test_a_folder_built_at_the_place_beside_it_replaces_it(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        built = beside_path(tmp_path / "final")
+        built.mkdir()
+        (built / "file").write_text(content)
+        replace_folder(built, tmp_path / "final")
+    assert (tmp_path / "final" / "file").read_text() == "second" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_fingerprints_are_of_content(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def replace_folder(tmp: str | Path, final: str | Path) -> Path:
     """Move the finished folder `tmp` to `final`; a folder that was there is gone only once the new one is in place."""
     tmp, final = Path(tmp), Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    old = beside_path(final)
+    old = beside_path(final.with_name(f"{final.name}.old"))  # `tmp` may have the name beside `final`
     if final.exists():
         os.replace(final, old)
     try:
