@@ -28,10 +28,10 @@ from ladder_data import TOKENS, Size, Task, prepare, tasks_of
 
 import kinvec
 from kinvec import tasks
-from kinvec.machine import multiplies_bf16
 from kinvec.console import say
 from kinvec.contracts import Result
 from kinvec.files import write_json, write_text
+from kinvec.machine import multiplies_bf16
 from kinvec.pipeline import open_model
 from kinvec.recipe import load_recipe
 

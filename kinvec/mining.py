@@ -19,8 +19,9 @@ import psutil
 from jaxtyping import Float, Float32, Int64
 from pydantic import Field
 
+from kinvec.backbone import release_pages
 from kinvec.config import Settings
-from kinvec.console import progress
+from kinvec.console import progress, say
 from kinvec.contracts import KinvecError, RetrievalData
 from kinvec.files import text_keys
 from kinvec.tasks.lexical import rankings
@@ -119,15 +120,17 @@ def deepest_rank(judged: Judged, settings: MiningSettings) -> int:
 def queries_at_once(memory: int, dimension: int, depth: int) -> int:
     """How many queries are searched for at a time so that this process stays within `memory` bytes.
 
-    Raises `KinvecError` where that is too little.
+    Where that cannot be, because so much is held already, it is said, and as few are searched for as one block takes.
     """
+    release_pages()
     query = 6 * dimension + depth * (2 * CROWD * CANDIDATE_BYTES + 3 * BEST_BYTES)  # twice: joined when thinned
-    held = psutil.Process().memory_info()
-    free = memory - (held.rss - held.shared) - BLOCK_BYTES
+    process = psutil.Process().memory_info()
+    held = process.rss - process.shared
+    free = memory - held - BLOCK_BYTES
     if free < query * QUERY_ROWS:
-        least = (memory - free + query * QUERY_ROWS) / 2**30
-        raise KinvecError(f"--memory: {memory / 2**30:.1f} GiB is too little; this search needs {least:.1f} GiB")
-    return min(QUERIES_AT_ONCE, free // query)
+        least = (held + BLOCK_BYTES + query * QUERY_ROWS) / 2**30
+        say(f"warning: --memory is {memory / 2**30:.1f} GiB and this search takes {least:.1f} GiB; it goes on with that")
+    return max(QUERY_ROWS, min(QUERIES_AT_ONCE, free // query))
 
 
 def mine(

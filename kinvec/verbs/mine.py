@@ -46,8 +46,8 @@ def mine(
     the same queries and documents. `train.jsonl` is training data, `audit.json` says what to think of it, `vectors/`
     are kept for other settings. The same call continues a folder that was begun and leaves a finished one as it is;
     `force` starts afresh. The process stays within `memory`, however large the corpus; the size of it changes nothing
-    in what is found. Raises `KinvecError` if the data are wrong, `memory` is too little, or `out` holds other things
-    or was begun with another model, data or settings.
+    in what is found. Raises `KinvecError` if the data are wrong, or `out` holds other things or was begun with another
+    model, data or settings.
     """
     from kinvec import mining
     from kinvec.auditing import audit
