@@ -129,7 +129,7 @@ def queries_at_once(memory: int, dimension: int, depth: int) -> int:
     free = memory - held - BLOCK_BYTES
     if free < query * QUERY_ROWS:
         least = (held + BLOCK_BYTES + query * QUERY_ROWS) / 2**30
-        say(f"warning: --memory is {memory / 2**30:.1f} GiB and this search takes {least:.1f} GiB; it goes on with that")
+        say(f"warning: --memory is {memory / 2**30:.1f} GiB, and this search takes {least:.1f} GiB all the same")
     return max(QUERY_ROWS, min(QUERIES_AT_ONCE, free // query))
 
 
