@@ -6,10 +6,8 @@ Shapes: T = tokens of a pack, h = hidden width.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,7 +19,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from pydantic import field_validator
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -454,34 +451,6 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     return "bf16" if multiplies_bf16(device) else "fp32"
-
-
-def set_threads(threads: int | None) -> None:
-    """Use this many CPU threads, in torch, NumPy and the tokenizer; None leaves their choice."""
-    if threads:
-        torch.set_num_threads(threads)
-        threadpool_limits(threads)
-        os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
-
-
-def keep_pages() -> None:
-    """Let the C library keep freed memory instead of returning it to the system after every large tensor.
-
-    By default glibc maps each large block anew and the system zeroes its pages on first touch; a training step then
-    spends a sixth of its time in page faults (docs/experiments.md). Does nothing where the C library is another one.
-    """
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_top_pad, 2**26)
-
-
-def release_pages() -> None:
-    """Give the system back what is free: kept pages fragment over many steps of different shapes, and would pile up."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def trainable(module: nn.Module) -> Sequence[tuple[str, nn.Parameter]]:

@@ -25,7 +25,6 @@ from kinvec.backbone import (
     LanguageHead,
     fetch,
     fuse,
-    keep_pages,
     language_head,
     load_backbone,
     load_lora,
@@ -40,6 +39,7 @@ from kinvec.console import progress as progress_bar
 from kinvec.contracts import KinvecError
 from kinvec.files import replace_folder, saying_full
 from kinvec.folder import head_module, optional_json, read_json, read_settings, write_folder
+from kinvec.machine import keep_pages
 from kinvec.pooling import POOLINGS, Dense, Normalize, pool
 
 WINDOW = 8192  # texts sorted by length at a time: enough to fill packs with equal lengths, little enough to hold

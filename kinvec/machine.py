@@ -1,11 +1,15 @@
-"""What this machine can do, and how its memory is let go of."""
+"""What this machine can do, how many of its threads are used, and how memory is kept and let go of."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
+import os
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -13,6 +17,34 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def set_threads(threads: int | None) -> None:
+    """Use this many CPU threads, in torch, NumPy and the tokenizer; None leaves their choice."""
+    if threads:
+        torch.set_num_threads(threads)
+        threadpool_limits(threads)
+        os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+
+
+def keep_pages() -> None:
+    """Let the C library keep freed memory instead of returning it to the system after every large tensor.
+
+    By default glibc maps each large block anew and the system zeroes its pages on first touch; a training step then
+    spends a sixth of its time in page faults (docs/experiments.md). Does nothing where the C library is another one.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_top_pad, 2**26)
+
+
+def release_pages() -> None:
+    """Give the system back what is free: kept pages fragment over many steps of different shapes, and would pile up."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def forget(array: np.ndarray) -> None:

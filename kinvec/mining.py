@@ -19,11 +19,11 @@ import psutil
 from jaxtyping import Float, Float32, Int64
 from pydantic import Field
 
-from kinvec.backbone import release_pages
 from kinvec.config import Settings
 from kinvec.console import progress, say
 from kinvec.contracts import KinvecError, RetrievalData
 from kinvec.files import text_keys
+from kinvec.machine import release_pages
 from kinvec.tasks.lexical import rankings
 from kinvec.topk import BEST_BYTES, CANDIDATE_BYTES, CROWD, QUERY_ROWS, pair_scores, top_k
 

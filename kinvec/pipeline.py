@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from kinvec import tasks
-from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precision, round_weights, set_threads
+from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precision, round_weights
 from kinvec.card import write_card
 from kinvec.config import differences, dump, merged
 from kinvec.console import say
@@ -27,6 +27,7 @@ from kinvec.embedder import Embedder, add_language_head, configure, open_folder,
 from kinvec.files import content_fingerprint, replace_folder, sweep, write_json, write_text
 from kinvec.folder import save_adapter
 from kinvec.kinds import KINDS
+from kinvec.machine import set_threads
 from kinvec.merging import check_metrics, keep_guards
 from kinvec.pooling import Normalize
 from kinvec.recipe import Recipe

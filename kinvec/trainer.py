@@ -25,13 +25,14 @@ from torch import Tensor
 
 from kinvec import checkpoint, masking
 from kinvec.attention import replace_dropout
-from kinvec.backbone import fuse, has_dropout, recompute_layers, release_pages, set_dropout, trainable
+from kinvec.backbone import fuse, has_dropout, recompute_layers, set_dropout, trainable
 from kinvec.batching import Pack, cut, pack
 from kinvec.config import Settings
 from kinvec.console import progress, say
 from kinvec.contracts import KinvecError, RecipeError
 from kinvec.embedder import Embedder
 from kinvec.gradcache import backward
+from kinvec.machine import release_pages
 from kinvec.mixing import Mixture, Step
 from kinvec.planner import CHUNK_TOKENS, chunks_to_keep, memory_budget, parse_bytes, saved_bytes_per_token
 from kinvec.tracking import open_trackers

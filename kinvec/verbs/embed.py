@@ -40,11 +40,11 @@ def embed(
     `quantising.PRECISIONS`; queries stay float32). Raises `KinvecError` if a source is wrong, if `out` holds other
     things, or if it was begun with another model, other texts or other settings.
     """
-    from kinvec.backbone import set_threads
     from kinvec.console import say
     from kinvec.contracts import RecipeError
     from kinvec.encoders import open_encoder
     from kinvec.files import read_documents, read_judgements, read_queries, vectors
+    from kinvec.machine import set_threads
 
     if layout not in LAYOUTS:
         raise RecipeError(f"layout '{layout}' is unknown; known are {' and '.join(LAYOUTS)}")

@@ -42,8 +42,8 @@ def evaluate(
     data or model, before anything is encoded.
     """
     from kinvec import tasks
-    from kinvec.backbone import set_threads
     from kinvec.contracts import RecipeError
+    from kinvec.machine import set_threads
     from kinvec.metrics import parse_measures
 
     if (model is None) == (embeddings is None):

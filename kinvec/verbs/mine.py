@@ -51,11 +51,11 @@ def mine(
     """
     from kinvec import mining
     from kinvec.auditing import audit
-    from kinvec.backbone import set_threads
     from kinvec.console import say
     from kinvec.contracts import RecipeError
     from kinvec.encoders import open_encoder
     from kinvec.files import content_fingerprint, open_retrieval, write_json
+    from kinvec.machine import set_threads
     from kinvec.planner import parse_bytes
     from kinvec.reranker import open_reranker, remembering
 

@@ -65,8 +65,8 @@ def open_engines(
     run: str | Path, *, precision: str | None = None, device: str | None = None, threads: int | None = None
 ) -> dict[str, Engine]:
     """Both models of a run with their vectors of its evaluation corpus; settings default to the run's own."""
-    from kinvec.backbone import set_threads
     from kinvec.contracts import KinvecError, RetrievalData
+    from kinvec.machine import set_threads
     from kinvec.pipeline import open_model, open_run_data
     from kinvec.recipe import load_recipe
 
