@@ -2,7 +2,7 @@
 
 From vectors: the 100 best of 500,000 × 384 for 10,000 queries, against a flat index of faiss (`pip install faiss-cpu`).
 From text: SciFact and TyDi's training questions against all their documents, `kinvec mine` as a whole against
-sentence-transformers' `mine_hard_negatives` on an opened model, with the same limits, with and without faiss. Memory:
+sentence-transformers' `mine_hard_negatives` on an opened model, with the same limits. Memory:
 `kinvec mine --embeddings` with 2,000,000 × 384 vectors on disk, its peak as the kernel counts it. Results go to
 benchmarks/results/, with versions and machine. By hand, one arm: python benchmarks/mining.py --arm from-vectors kinvec.
 """
@@ -87,7 +87,7 @@ def text_kinvec(folder: Path) -> float:
     return time.perf_counter() - begun
 
 
-def text_peer(folder: Path, precision: str, use_faiss: bool) -> float:
+def text_peer(folder: Path, precision: str) -> float:
     """Seconds of sentence-transformers' own miner, model and data sets open already."""
     sys.path.insert(0, str(HERE))
     from arms import peer_model
@@ -108,7 +108,7 @@ def text_peer(folder: Path, precision: str, use_faiss: bool) -> float:
         begun = time.perf_counter()
         mined = mine_hard_negatives(
             rows, model, corpus=list(texts.values()), num_negatives=NEGATIVES, range_max=DEPTH,
-            relative_margin=1 - RELATIVE, use_faiss=use_faiss, batch_size=32, verbose=False,
+            relative_margin=1 - RELATIVE, batch_size=32, verbose=False,
         )  # fmt: skip
         seconds += time.perf_counter() - begun
         print(name, len(mined), "negatives", file=sys.stderr)
@@ -119,9 +119,8 @@ ARMS = {
     "from-vectors": {"kinvec": vectors_kinvec, "faiss": vectors_faiss},
     "from-text": {
         "kinvec": text_kinvec,
-        "peer": lambda folder: text_peer(folder, "fp32", False),
-        "peer-faiss": lambda folder: text_peer(folder, "fp32", True),
-        "peer-bf16": lambda folder: text_peer(folder, "bf16", False),
+        "peer": lambda folder: text_peer(folder, "fp32"),
+        "peer-bf16": lambda folder: text_peer(folder, "bf16"),
     },
 }
 
@@ -214,6 +213,7 @@ def main() -> None:
     """Measure what is asked for; with no --only everything, and write it down."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--text-rounds", type=int, default=1, help="of the arms from text: a quarter of an hour each")
     parser.add_argument("--documents", type=int, default=500_000)
     parser.add_argument("--queries", type=int, default=10_000)
     parser.add_argument("--stored", type=int, default=2_000_000, help="documents on disk, for the memory")
@@ -229,7 +229,7 @@ def main() -> None:
     parts = {
         "memory": lambda: memory(options.stored, options.queries, options.memory),
         "from-vectors": lambda: from_vectors(options.documents, options.queries, options.rounds),
-        "from-text": lambda: alternated("from-text", list(ARMS["from-text"]), options.rounds, Path()),
+        "from-text": lambda: alternated("from-text", list(ARMS["from-text"]), options.text_rounds, Path()),
     }
     result: dict[str, Any] = {name: part() for name, part in parts.items() if options.only in (None, name)}
     sys.path.insert(0, str(HERE))
