@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Test processes of one thread each: on two cores twice as fast as one process of two threads.
 WORKERS ?= 2
 
-.PHONY: setup demo test check docs bench intervals ladder models chromium constraints
+.PHONY: setup demo test check docs bench published intervals ladder models chromium constraints
 
 setup: $(SETUP)
 
@@ -23,6 +23,9 @@ demo: setup
 
 test: setup chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+published: setup
+	$(BIN)/python -m pytest -m long
 
 check: setup
 	$(BIN)/ruff check .

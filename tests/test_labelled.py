@@ -181,8 +181,11 @@ def test_a_run_on_labels_measures_before_and_after(
     assert ("active_triplets" in log[0]) == (name == "triplet")
     assert log[-1]["loss"] < log[0]["loss"] and any("accuracy_knn" in row.get("dev", {}) for row in log)
     page = (tmp_path / "run" / "report.html").read_text()
+    assert all(title in page for title in ("t-SNE", "PCA", "silhouette"))
     count = len(tasks.load_result(tmp_path / "run" / "results" / "base" / "sentences").per_query["id"])
-    assert page.count('<path class="c') == 2 * count, "each test text once before and once after"
+    (picture,) = collect(tmp_path / "run")["maps"]
+    for method in picture["methods"]:
+        assert [len(side) for side in method["places"]] == [count, count], "each test text once before and once after"
     assert run(load_recipe(None, overrides)) == json.loads((tmp_path / "run" / "summary.json").read_text())
     assert build_report(tmp_path / "run").is_file()
 

@@ -210,7 +210,7 @@ def test_vectors_that_are_there_and_little_memory_give_the_same_negatives(
     settings = MiningSettings(negatives=3)
     mine_verb(tiny_folder, beir, tmp_path / "whole", settings, precision="fp32", memory="64GiB")
     mine_verb(tiny_folder, beir, tmp_path / "small", settings, precision="fp32", memory="100MiB")
-    assert re.search(r"--memory is 0\.1 GiB and this search takes \d\.\d GiB", capsys.readouterr().err)
+    assert re.search(r"--memory is 0\.1 GiB, and this search takes \d\.\d GiB", capsys.readouterr().err)
     assert rows_of(tmp_path / "small") == rows_of(tmp_path / "whole")
     embed(
         tiny_folder, tmp_path / "vectors", queries=beir / "queries.jsonl", docs=beir / "corpus.jsonl", precision="fp32"
