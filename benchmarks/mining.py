@@ -210,7 +210,7 @@ def memory(rows: int, queries: int, budget: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what is asked for; with no --only everything, and write it down."""
+    """Measure what is asked for, everything without --only, and write each part down."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--text-rounds", type=int, default=1, help="of the arms from text: a quarter of an hour each")
@@ -231,17 +231,20 @@ def main() -> None:
         "from-vectors": lambda: from_vectors(options.documents, options.queries, options.rounds),
         "from-text": lambda: alternated("from-text", list(ARMS["from-text"]), options.text_rounds, Path()),
     }
-    result: dict[str, Any] = {name: part() for name, part in parts.items() if options.only in (None, name)}
     sys.path.insert(0, str(HERE))
     from speed import processor
 
-    packages = ("kinvec", "torch", "numpy", "sentence-transformers", "faiss-cpu")
-    result["machine"] = {"processor": processor(), "cores": os.cpu_count()}
-    result["versions"] = {name: version(name) for name in packages}
-    if options.only is None:
-        path = HERE / "results" / f"mining-{date.today().isoformat()}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    print(json.dumps(result, indent=2))
+    about = {
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "versions": {
+            name: version(name) for name in ("kinvec", "torch", "numpy", "sentence-transformers", "faiss-cpu")
+        },
+    }
+    for name, part in parts.items():
+        if options.only in (None, name):
+            told = json.dumps({name: part()} | about, indent=2) + "\n"
+            (HERE / "results" / f"mining-{name}-{date.today().isoformat()}.json").write_text(told, "utf-8")
+            print(told)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Exact top-k search in bounded memory: products choose candidates, float64 decides, ties in trec_eval's order.
 
 Blocks of queries and documents are multiplied in bf16 where the processor does that (a third of the time of float32),
-else in float32. A product is off by no more than its stated bound, so whatever could be among the k best by product
-plus bound is a candidate; candidates are scored again in float64, pair by pair, and rounded to float32. The last bits
-of a product depend on the processor, the threads and the shape of the block; rankings do not, and equal documents score
-equally.
+else, and below ceilings, in float32. A product is off by no more than its stated bound, so whatever could be among the
+k best by product plus bound is a candidate; candidates are scored again in float64, pair by pair, and rounded to
+float32. The last bits of a product depend on the processor, the threads and the shape of the block; rankings do not,
+and equal documents score equally.
 
 The order is total: higher score first; among equal scores the id that is *greater* as a string first. That is how
 trec_eval, and pytrec_eval with it, reads a run (`comp_sim_docno` compares float32 scores, then document names in
@@ -59,15 +59,13 @@ def top_k(
     highest = np.full(len(queries), np.inf, np.float32) if ceilings is None else ceilings
     best = empty_best(len(queries), min(k, len(ids)))
     parts = [slice(q, q + QUERY_ROWS) for q in range(0, len(queries), QUERY_ROWS)]
-    groups = [_group(queries[rows], highest[rows]) for rows in parts]
+    groups = [_group(queries[rows], highest[rows], ceilings is None) for rows in parts]
     start = 0
     for shard in documents:
         if start + len(shard) > len(ids):
             raise KinvecError(f"there are more document vectors than the {len(ids):,} document ids; write them again")
         if best[0].shape[1]:
-            _collect(groups, shard, start, best[0].shape[1], advance)
-        for rows, group in zip(parts, groups, strict=True):
-            best[0][rows], best[1][rows] = _decided(group, (best[0][rows], best[1][rows]), shard, start, tie_rank)
+            _search(groups, parts, best, shard, start, tie_rank, advance)
         start += len(shard)
     if start != len(ids):
         raise KinvecError(f"there are {start:,} document vectors but {len(ids):,} document ids; write them again")
@@ -127,32 +125,45 @@ class _Group:
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
-def _group(vectors: Float32[np.ndarray, "q d"], highest: Float32[np.ndarray, " q"]) -> _Group:
+def _group(vectors: Float32[np.ndarray, "q d"], highest: Float32[np.ndarray, " q"], rough: bool) -> _Group:
     lowest, none = np.full(len(vectors), -np.inf, np.float32), np.zeros(len(vectors), np.float32)
-    return _Group(vectors, *_reduced(vectors), highest, lowest, none, [])
+    return _Group(vectors, *_reduced(vectors, rough), highest, lowest, none, [])
 
 
-def _reduced(vectors: Float32[np.ndarray, "m d"]) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """The vectors as they are multiplied, their lengths, and the lengths of what rounding took from them."""
+def _reduced(vectors: Float32[np.ndarray, "m d"], rough: bool) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """The vectors as they are multiplied, their lengths, and the lengths of what rounding took from them.
+
+    Not `rough`, they stay float32: a ceiling may lie where documents are dense, and too many would be near it in bf16.
+    """
     whole = torch.from_numpy(vectors)
-    reduced = whole.bfloat16() if multiplies_bf16(whole.device) else whole
+    reduced = whole.bfloat16() if rough and multiplies_bf16(whole.device) else whole
     lengths, lost = torch.linalg.vector_norm(whole, dim=1), torch.linalg.vector_norm(whole - reduced.float(), dim=1)
     return reduced, lengths.numpy(), lost.numpy()
 
 
-def _collect(
-    groups: Sequence[_Group], shard: np.ndarray, start: int, k: int, advance: Callable[[int], None]
+def _search(
+    groups: Sequence[_Group], parts: Sequence[slice], best: Best, shard: np.ndarray, start: int,
+    tie_rank: Int64[np.ndarray, " n"], advance: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Every group's candidates in the shard, whose rows are the documents from row `start` on."""
+    """The shard's documents, which are those from row `start` on, compete in `best`; `parts` are the groups' rows."""
+    k = best[0].shape[1]
     for first in range(0, len(shard), DOCUMENT_ROWS):
         block = _checked(shard[first : first + DOCUMENT_ROWS], groups[0].vectors.shape[1], "document", start + first)
-        reduced, lengths, lost = _reduced(block)
-        for group in groups:
+        reduced, lengths, lost = _reduced(block, groups[0].reduced.dtype == torch.bfloat16)
+        for rows, group in zip(parts, groups, strict=True):
             error = _bound(group, float(lengths.max(initial=0)), float(lost.max(initial=0)), block.shape[1])
             group.error = np.maximum(group.error, error)
             _add(group, torch.mm(group.reduced, reduced.T), error, first, k)
+            if _held(group) > CROWD * len(group.vectors) * k:  # documents that products cannot tell apart
+                _decide(group, rows, best, shard, start, tie_rank)
         forget(shard)
         advance(len(block))
+    for rows, group in zip(parts, groups, strict=True):
+        _decide(group, rows, best, shard, start, tie_rank)
+
+
+def _held(group: _Group) -> int:
+    return sum(len(part[0]) for part in group.found)
 
 
 def _bound(group: _Group, longest: float, most_lost: float, d: int) -> Float32[np.ndarray, " q"]:
@@ -171,16 +182,23 @@ def _add(group: _Group, scores: Tensor, error: Float32[np.ndarray, " q"], first:
     crowd = CROWD * len(scores) * k
     if np.isneginf(group.floor).any():  # all would be found; a part of the block tells enough
         _raise_floor(group, scores[:, : max(k + 1, DOCUMENT_ROWS // 2)], error, k)
-    places = np.flatnonzero(_at_least(scores, group.floor - error))
+    places = _within(group, scores, error)
     if len(places) > crowd:  # documents sorted towards the queries
         _raise_floor(group, scores, error, k)
-        places = np.flatnonzero(_at_least(scores, group.floor - error))
+        places = _within(group, scores, error)
     row, column = np.divmod(places, scores.shape[1])
-    found = scores.view(-1)[torch.from_numpy(places)].float().numpy()
-    competes = found - _slack(found, scores.dtype) <= (group.highest + error)[row]
-    group.found.append((row[competes], first + column[competes], found[competes]))
-    if sum(len(part[0]) for part in group.found) > crowd:
+    group.found.append((row, first + column, scores.view(-1)[torch.from_numpy(places)].float().numpy()))
+    if _held(group) > crowd:
         _thin(group, k)
+
+
+def _within(group: _Group, scores: Tensor, error: Float32[np.ndarray, " q"]) -> Int64[np.ndarray, " c"]:
+    """Places in the block, row after row, of what may reach the floor and may be below the ceiling."""
+    reaches = _at_least(scores, group.floor - error)
+    if np.isfinite(group.highest).any():
+        values = scores.float().numpy()
+        reaches &= values - _slack(values, scores.dtype) <= (group.highest + error)[:, None]
+    return np.flatnonzero(reaches)
 
 
 def _slack(found: Float32[np.ndarray, "..."], dtype: torch.dtype) -> Float32[np.ndarray, "..."]:
@@ -239,18 +257,21 @@ def _kth_best(row: np.ndarray, values: Float32[np.ndarray, " c"], k: int, q: int
     return found
 
 
-def _decided(group: _Group, best: Best, shard: np.ndarray, start: int, tie_rank: Int64[np.ndarray, " n"]) -> Best:
-    """The best k of `best` and the group's candidates, by their exact scores; the group is emptied."""
-    if not group.found or not best[0].shape[1]:
-        return best
+def _decide(
+    group: _Group, rows: slice, best: Best, shard: np.ndarray, start: int, tie_rank: Int64[np.ndarray, " n"]
+) -> None:  # fmt: skip
+    """The group's candidates compete in its `rows` of `best` by their exact scores; the group is emptied."""
+    if not group.found:
+        return
     _thin(group, best[0].shape[1])
     (row, column, _), group.found = group.found[0], []
     row, column = (side[np.argsort(column, kind="stable")] for side in (row, column))  # a file is read forwards
     scores = pair_scores(group.vectors, shard, row, column)
     within = scores <= group.highest[row]
-    best = _merged(best, row[within], start + column[within], scores[within], tie_rank)
-    group.floor = np.maximum(group.floor, best[0][:, -1])
-    return best
+    so_far = best[0][rows], best[1][rows]
+    kept = _merged(so_far, row[within], start + column[within], scores[within], tie_rank)
+    best[0][rows], best[1][rows] = kept
+    group.floor = np.maximum(group.floor, kept[0][:, -1])
 
 
 def _merged(best: Best, row: np.ndarray, document: np.ndarray, score: np.ndarray, tie_rank: np.ndarray) -> Best:

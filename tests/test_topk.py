@@ -123,8 +123,8 @@ def test_no_product_is_off_by_more_than_its_bound(q: int, b: int, d: int, bf16: 
     queries, block = ((rng.standard_cauchy((rows, d)) * size).astype(np.float32) for rows in (q, b))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topk, "multiplies_bf16", lambda device: bf16)
-        group = topk._group(queries, np.full(q, np.inf, np.float32))
-        reduced, lengths, lost = topk._reduced(block)
+        group = topk._group(queries, np.full(q, np.inf, np.float32), True)
+        reduced, lengths, lost = topk._reduced(block, True)
         bound = topk._bound(group, float(lengths.max()), float(lost.max()), d)
     scores = torch.mm(group.reduced, reduced.T)
     off = np.abs(scores.double().numpy() - queries.astype(np.float64) @ block.astype(np.float64).T)
@@ -155,6 +155,23 @@ def test_documents_sorted_towards_the_query_all_displace_each_other() -> None:
     scores, found = top_k(np.ones((2, 1), np.float32), [documents], [str(i) for i in range(50_000)], 10)
     assert found[1].tolist() == list(range(49_999, 49_989, -1))
     assert scores[0, 0] == 49_999
+
+
+def test_documents_that_cannot_be_told_apart_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of copies tie at the last place, or lie at a ceiling: no more are held than there is room for."""
+    rng = np.random.default_rng(0)
+    documents = np.repeat(rng.normal(size=(5, 16)).astype(np.float32), 2000, axis=0)[rng.permutation(10_000)]
+    queries = rng.normal(size=(8, 16)).astype(np.float32)
+    exact = (queries.astype(np.float64) @ documents.astype(np.float64).T).astype(np.float32)
+    ids, held = [f"{i:05d}" for i in range(10_000)], []
+    add = topk._add
+    monkeypatch.setattr(topk, "DOCUMENT_ROWS", 500)
+    monkeypatch.setattr(topk, "_add", lambda group, *given: (held.append(topk._held(group)), add(group, *given))[1])
+    for ceilings in (None, exact[:, 0].copy()):
+        found = top_k(queries, [documents], ids, 10, ceilings)[1]
+        allowed = exact if ceilings is None else np.where(exact <= ceilings[:, None], exact, -np.inf)
+        assert (found == np.array([np.lexsort((-np.arange(10_000), -row))[:10] for row in allowed])).all()
+    assert len(held) == 40 and max(held) <= topk.CROWD * 8 * 10
 
 
 def test_ids_are_ordered_as_their_utf8_bytes() -> None:
