@@ -25,7 +25,7 @@ from kinvec.contracts import KinvecError, RetrievalData
 from kinvec.files import text_keys
 from kinvec.machine import release_pages
 from kinvec.tasks.lexical import rankings
-from kinvec.topk import BEST_BYTES, CANDIDATE_BYTES, CROWD, QUERY_ROWS, pair_scores, top_k
+from kinvec.topk import BEST_BYTES, CANDIDATE_BYTES, CROWD, FEW, QUERY_ROWS, pair_scores, top_k
 
 Judge = Callable[[str, Sequence[str]], np.ndarray]
 TEXTS_AT_ONCE = 65_536
@@ -123,7 +123,9 @@ def queries_at_once(memory: int, dimension: int, depth: int) -> int:
     Where that cannot be, because so much is held already, it is said, and as few are searched for as one block takes.
     """
     release_pages()
-    query = 6 * dimension + depth * (2 * CROWD * CANDIDATE_BYTES + 3 * BEST_BYTES)  # twice: joined when thinned
+    query = 6 * dimension + max(depth, FEW) * (
+        2 * CROWD * CANDIDATE_BYTES + 3 * BEST_BYTES
+    )  # twice: joined when thinned
     process = psutil.Process().memory_info()
     held = process.rss - process.shared
     free = memory - held - BLOCK_BYTES
@@ -193,7 +195,12 @@ def _search(
 ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:  # fmt: skip
     what = "searching" if ceilings is None else "searching below the limits"
     with progress(f"{what} for {len(vectors):,} queries", len(ids)) as bar:
-        return top_k(vectors, shards, ids, depth, ceilings, bar.advance)
+
+        def told(rows: int) -> None:
+            bar.advance(rows)
+            release_pages()  # an embedder keeps what it frees (see `machine.keep_pages`), and blocks are large
+
+        return top_k(vectors, shards, ids, depth, ceilings, told)
 
 
 def _chosen(

@@ -30,7 +30,7 @@ from kinvec.machine import forget, multiplies_bf16
 DOCUMENT_ROWS = 16_384  # b; a block of scores is at most QUERY_ROWS × DOCUMENT_ROWS, 16 MiB in bf16
 QUERY_ROWS = 512
 PAIR_ROWS = 16_384  # query-document pairs scored in float64 at a time
-CROWD = 4  # candidates of a group are thinned when there are more than this many times k for a query
+CROWD, FEW = 4, 64  # a group holds so many times k candidates a query, FEW at the least, before they are thinned
 CANDIDATE_BYTES, BEST_BYTES = 20, 12  # two rows and a score; a row and a score
 FP32, TINY = float(np.finfo(np.float32).eps), float(np.finfo(np.float32).tiny)
 ROUNDED = {
@@ -154,7 +154,7 @@ def _search(
             error = _bound(group, float(lengths.max(initial=0)), float(lost.max(initial=0)), block.shape[1])
             group.error = np.maximum(group.error, error)
             _add(group, torch.mm(group.reduced, reduced.T), error, first, k)
-            if _held(group) > CROWD * len(group.vectors) * k:  # documents that products cannot tell apart
+            if _held(group) > _crowd(group, k):  # documents that products cannot tell apart
                 _decide(group, rows, best, shard, start, tie_rank)
         forget(shard)
         advance(len(block))
@@ -164,6 +164,10 @@ def _search(
 
 def _held(group: _Group) -> int:
     return sum(len(part[0]) for part in group.found)
+
+
+def _crowd(group: _Group, k: int) -> int:
+    return CROWD * max(k, FEW) * len(group.vectors)
 
 
 def _bound(group: _Group, longest: float, most_lost: float, d: int) -> Float32[np.ndarray, " q"]:
@@ -179,7 +183,7 @@ def _bound(group: _Group, longest: float, most_lost: float, d: int) -> Float32[n
 
 def _add(group: _Group, scores: Tensor, error: Float32[np.ndarray, " q"], first: int, k: int) -> None:
     """What of a block may be among the k best joins the candidates; where that is too much, the floor rises first."""
-    crowd = CROWD * len(scores) * k
+    crowd = _crowd(group, k)
     if np.isneginf(group.floor).any():  # all would be found; a part of the block tells enough
         _raise_floor(group, scores[:, : max(k + 1, DOCUMENT_ROWS // 2)], error, k)
     places = _within(group, scores, error)

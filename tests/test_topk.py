@@ -171,7 +171,7 @@ def test_documents_that_cannot_be_told_apart_do_not_pile_up(monkeypatch: pytest.
         found = top_k(queries, [documents], ids, 10, ceilings)[1]
         allowed = exact if ceilings is None else np.where(exact <= ceilings[:, None], exact, -np.inf)
         assert (found == np.array([np.lexsort((-np.arange(10_000), -row))[:10] for row in allowed])).all()
-    assert len(held) == 40 and max(held) <= topk.CROWD * 8 * 10
+    assert len(held) == 40 and max(held) <= 8 * topk.CROWD * topk.FEW < 8 * 2000
 
 
 def test_ids_are_ordered_as_their_utf8_bytes() -> None:
