@@ -23,7 +23,7 @@ from kinvec.config import Settings
 from kinvec.console import progress, say
 from kinvec.contracts import KinvecError, RetrievalData
 from kinvec.files import text_keys
-from kinvec.machine import release_pages
+from kinvec.machine import forget, release_pages
 from kinvec.tasks.lexical import rankings
 from kinvec.topk import BEST_BYTES, CANDIDATE_BYTES, CROWD, FEW, QUERY_ROWS, pair_scores, top_k
 
@@ -275,4 +275,5 @@ def take(shards: Sequence[np.ndarray], rows: Int64[np.ndarray, " r"]) -> Float32
     for number in np.unique(of).tolist():
         here = of == number
         found[here] = shards[number][rows[here] - (ends[number] - len(shards[number]))]
+        forget(shards[number])
     return found
