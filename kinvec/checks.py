@@ -25,6 +25,7 @@ from kinvec.files import (
     Table,
     beir,
     detect_kind,
+    evenly,
     exact_key,
     open_data,
     open_retrieval,
@@ -391,7 +392,7 @@ def summarise(table: Table, keys: Keys) -> dict[str, Any]:
 
 def truncation(table: Table, limit: TokenLimit) -> tuple[list[Finding], dict[str, Any]]:
     """The share of texts that the model cuts, and mean token counts, from rows spread evenly over the data."""
-    rows = np.unique(np.linspace(0, len(table) - 1, min(SAMPLED_ROWS, len(table))).round().astype(np.int64))
+    rows = evenly(len(table), SAMPLED_ROWS)
     texts: dict[str, dict[str, int]] = {"query": {}, "document": {}}  # side → text → row
     for row in rows.tolist():
         for side, text in _texts_of(table, row):

@@ -1,12 +1,15 @@
-"""What a person sees while waiting: one progress bar with an ETA on stderr. Results go to stdout, not through here."""
+"""What a person sees: while waiting, one progress bar with an ETA on stderr; of results, the form of a table."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 QUIET_SECONDS = 15.0  # without a terminal (a log file, CI) a line at most this often
 
@@ -14,6 +17,16 @@ QUIET_SECONDS = 15.0  # without a terminal (a log file, CI) a line at most this 
 def say(message: str) -> None:
     """One line for the person waiting, on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def plain_table(*columns: str, left: Collection[int] = (0,)) -> Table:
+    """An empty table without lines, as every verb prints one; columns are set right but for those in `left`."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for place, name in enumerate(columns):
+        made.add_column(name, justify="left" if place in left else "right", no_wrap=True)
+    return made
 
 
 class Progress:

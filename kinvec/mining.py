@@ -114,7 +114,7 @@ def known(data: RetrievalData) -> Judged:
 
 def deepest_rank(judged: Judged, settings: MiningSettings) -> int:
     """Ranks that are searched for a query, at most: those looked at, and as many as there may be barred among them."""
-    return settings.skip + settings.depth + max(map(len, judged.barred))
+    return settings.skip + settings.depth + max(map(len, judged.barred), default=0)
 
 
 def queries_at_once(memory: int, dimension: int, depth: int) -> int:
@@ -144,7 +144,7 @@ def mine(
     Every query has a positive. With `judge`, a cross-encoder, the limits are on its scores of candidates and positives;
     the order stays that of the search. The corpus is read once for every `at_once` queries; memory grows with neither.
     """
-    texts = [data.queries[query] for query in data.qrels]
+    texts, deepest = [data.queries[query] for query in data.qrels], deepest_rank(judged, settings)
     for start in range(0, len(queries), at_once):
         group = range(start, min(start + at_once, len(queries)))
         vectors = np.ascontiguousarray(queries[group.start : group.stop], dtype=np.float32)
@@ -154,7 +154,6 @@ def mine(
                 return judge(texts[query], [data.corpus.texts[row] for row in rows])
             return _scores(vectors[query - first], rows, shards)
 
-        deepest = deepest_rank(judged, settings)
         dense = _search(vectors, shards, data.corpus.ids, deepest)
         lexical = np.full((len(group), 0), -1, dtype=np.int64)
         if settings.lexical:

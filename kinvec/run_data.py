@@ -22,7 +22,7 @@ from kinvec.recipe import Recipe
 from kinvec.sampling import hold_out
 from kinvec.tasks.further import Task, open_named, open_part
 
-SAMPLE = 2000  # rows whose texts prepare an objective
+SAMPLE = 2000  # rows whose texts describe the data, or prepare an objective
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,19 @@ def measured(data: RunData) -> Iterator[tuple[str, Problem, Sequence[str], Mappi
 
 def prepared(data: RunData, embedder: Embedder) -> RunData:
     """The data with objectives that have seen the untrained model and a sample of the texts, where they need it."""
-    sets = [
-        replace(one, objective=one.objective.prepare(embedder, _sample(one))) if one.objective.prepare else one
-        for one in data.sets
-    ]
+    sets = []
+    for one in data.sets:
+        if one.objective.prepare:
+            texts = [text for _, text in _sample(one)]
+            one = replace(one, objective=one.objective.prepare(embedder, texts))
+        sets.append(one)
     return replace(data, sets=sets)
 
 
-def _sample(one: OpenSet) -> list[str]:
-    rows = one.examples[:: max(1, len(one.examples) // SAMPLE)].tolist()
-    return [text for row in rows for _, text in one.kind.texts(one.table, row)]
+def _sample(one: OpenSet, sets: int = 1) -> Iterator[tuple[str, str]]:
+    """Side and text of about `SAMPLE` rows, of all `sets` together."""
+    for row in one.examples[:: max(1, len(one.examples) * sets // SAMPLE)].tolist():
+        yield from one.kind.texts(one.table, row)
 
 
 def mixture(recipe: Recipe, data: RunData, prompts: dict[str, str]) -> Mixture:
@@ -241,7 +244,7 @@ def _shared_queries(trained: OpenSet, tested: OpenSet) -> int:
     return shared
 
 
-def describe(data: RunData, sample: int = 2000) -> dict[str, Any]:
+def describe(data: RunData) -> dict[str, Any]:
     """Source, counts and warnings, and a sample of the texts by side under `texts`."""
     texts: dict[str, list[str]] = {}
     counts: dict[str, int] = {"examples": 0, "dropped": 0}
@@ -251,9 +254,8 @@ def describe(data: RunData, sample: int = 2000) -> dict[str, Any]:
         for name, part in (("dev", one.dev), ("test", one.test)):
             for what, count in (one.kind.sizes(part) if part is not None else {}).items():
                 counts[f"{name}_{what}"] = counts.get(f"{name}_{what}", 0) + count
-        for row in one.examples[:: max(1, len(one.examples) * len(data.sets) // sample)].tolist():
-            for side, text in one.kind.texts(one.table, row):
-                texts.setdefault(side, []).append(text)
+        for side, text in _sample(one, len(data.sets)):
+            texts.setdefault(side, []).append(text)
     source = ", ".join(one.table.source for one in data.sets)
     told = {"source": source, "counts": counts, "texts": texts, "warnings": data.warnings}
     if len(data.sets) > 1:

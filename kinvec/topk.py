@@ -88,6 +88,8 @@ def empty_best(q: int, k: int) -> Best:
 
 def keep_best(best: Best, scores: Float32[np.ndarray, "q b"], start: int, tie_rank: Int64[np.ndarray, " n"]) -> Best:
     """The best k of `best` and of the block of exact `scores`, whose columns are the documents from row `start` on."""
+    if best[0].shape[1] == 0:
+        return best
     row, column = np.nonzero(scores >= best[0][:, -1:])  # one that equals the k-th best may enter, by its id
     return _merged(best, row, start + column, scores[row, column], tie_rank)
 
@@ -281,8 +283,6 @@ def _decide(
 def _merged(best: Best, row: np.ndarray, document: np.ndarray, score: np.ndarray, tie_rank: np.ndarray) -> Best:
     """The best k of `best` and of documents found, by their exact scores."""
     q, k = best[0].shape
-    if k == 0:
-        return best
     rows = np.concatenate([np.repeat(np.arange(q), k), row])
     values = np.concatenate([best[0].ravel(), score])
     documents = np.concatenate([best[1].ravel(), document])

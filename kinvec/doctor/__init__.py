@@ -35,8 +35,8 @@ from kinvec import checks
 from kinvec.checks import Evaluation, Finding, Keys, TokenLimit
 from kinvec.contracts import Encoder
 from kinvec.doctor import rules
-from kinvec.doctor.texts import evenly, texts_of
-from kinvec.files import DataError, Table, beir, open_data, write_lines
+from kinvec.doctor.texts import texts_of
+from kinvec.files import DataError, Table, beir, evenly, open_data, write_lines
 
 LABELS = 200  # shown
 HEALTHY = "fit to train on; nothing found"

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int64, UInt8
 from kinvec.checks import PLACES, WRITE, Evaluation, Finding, Keys, Severity, quoted, repeated, shortened
 from kinvec.doctor import near
 from kinvec.doctor.languages import COMMON, NO_LANGUAGE, UNKNOWN, languages
-from kinvec.doctor.texts import Texts, evenly
-from kinvec.files import Table, text_keys
+from kinvec.doctor.texts import Texts
+from kinvec.files import Table, evenly, text_keys
 
 MANY = 0.01  # share from which on a matter of degree is a warning, below it a note
 ENOUGH = 50  # texts from which on some can be called odd

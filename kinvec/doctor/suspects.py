@@ -15,8 +15,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from kinvec.checks import PLACES, Finding, Keys, Severity, quoted
 from kinvec.contracts import Encoder
-from kinvec.doctor.texts import evenly
-from kinvec.files import Table, text_key
+from kinvec.files import Table, evenly, text_key
 from kinvec.mining import MiningSettings, ceiling
 from kinvec.tasks.evaluation import scaling
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from kinvec.checks import Keys, chosen_batches, entries_of, quoted
-from kinvec.files import Table
+from kinvec.files import Table, evenly
 
 MAPPED = 500  # texts read here and there before their pages are given back
 LEAD = 30  # characters shown of what texts have in common, before the first that differs
@@ -93,11 +93,6 @@ class Texts:
         if characters is not None and len(self):
             limit = min(limit, max(1, int(characters / max(1.0, float(self.lengths.mean())))))
         return evenly(len(self), limit)
-
-
-def evenly(count: int, limit: int) -> Int64[np.ndarray, " c"]:
-    """Of `count` numbers from 0 at most `limit`, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
 
 
 def texts_of(table: Table, keys: Keys) -> list[Texts]:

@@ -21,7 +21,7 @@ from kinvec.files.searches import (
     read_queries,
 )
 from kinvec.files.sources import has_split
-from kinvec.files.table import Table, detect_kind, open_data
+from kinvec.files.table import Table, detect_kind, evenly, open_data
 from kinvec.files.writing import (
     content_fingerprint,
     exact_key,
@@ -45,6 +45,7 @@ __all__ = [
     "cache_folder",
     "content_fingerprint",
     "detect_kind",
+    "evenly",
     "exact_key",
     "has_split",
     "kind_of_pairs",

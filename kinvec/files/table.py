@@ -8,7 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from jaxtyping import Int64
 
 from kinvec.contracts import Example
 from kinvec.files import beir
@@ -16,6 +18,11 @@ from kinvec.files.arrow import ArrowTable, cached_table
 from kinvec.files.problems import DataError, Notes
 from kinvec.files.rows import SCHEMAS
 from kinvec.files.sources import plan_of
+
+
+def evenly(count: int, most: int) -> Int64[np.ndarray, " c"]:
+    """Of `count` rows at most so many, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 @dataclass(frozen=True)

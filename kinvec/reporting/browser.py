@@ -12,6 +12,7 @@ import numpy as np
 
 from kinvec import tasks
 from kinvec.contracts import Result
+from kinvec.files import evenly
 from kinvec.reporting.reading import main_metric
 from kinvec.reporting.rendering import embed, snippet
 
@@ -39,7 +40,7 @@ def _fitting(results: Sequence[Result], room: int) -> dict[str, Any]:
             return found
     while size > room and kept > 1:
         kept = max(1, int(0.97 * kept * room / size))
-        rows = np.unique(np.linspace(0, total - 1, kept).round().astype(int)).tolist()
+        rows = evenly(total, kept).tolist()
         found = _task(results, rows, TEXT[-1])
         size = _size(found)
     return found

@@ -25,6 +25,7 @@ from sklearn.metrics import silhouette_samples
 from sklearn.neighbors import KNeighborsClassifier
 
 from kinvec.contracts import Encoder, KinvecError, LabelledData, RecipeError, Result
+from kinvec.files import evenly
 from kinvec.tasks import picture
 from kinvec.tasks.evaluation import describe, unit_vectors
 from kinvec.tasks.rankings import SNIPPET, timed
@@ -78,7 +79,7 @@ def classification(data: LabelledData, encoder: Encoder, measures: Sequence[str]
             values[name] = statistic(name).value(columns)
     if not measures:
         with timed(seconds, "picture"):
-            shown = picture.spread(n, picture.PICTURED)
+            shown = evenly(n, picture.PICTURED)
             columns |= picture.columns(picture.places(space.vectors[shown], ["pca", "tsne"]), shown.tolist(), n)
     result = Result(data.name or "labels", data.kind, data.split, "", values, columns, data.fingerprint)
     describe(result, encoder)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Float32, Int64
 from sklearn.manifold import TSNE
 
 from kinvec.contracts import Result, RetrievalData
+from kinvec.files import evenly
 
 PICTURED = 1000  # texts that have a place, at most
 QUERIES = 300  # of them are queries of a search; each brings its first relevant document
@@ -77,22 +78,17 @@ def columns(found: dict[str, Float[np.ndarray, "n 2"]], rows: Iterable[int], cou
     return made
 
 
-def spread(count: int, most: int) -> Int64[np.ndarray, " m"]:
-    """At most so many of `count` rows, evenly."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
-
-
 class SearchPicture:
     """Queries, their relevant documents and others, the same for every model; vectors are kept as they pass by."""
 
     def __init__(self, data: RetrievalData) -> None:
-        self.queries = spread(len(data.qrels), QUERIES)
+        self.queries = evenly(len(data.qrels), QUERIES)
         judgements = list(data.qrels.values())
         firsts = {
             next((key for key, grade in judgements[row].items() if grade > 0), None) for row in self.queries.tolist()
         }
         relevant = [row for row, identity in enumerate(data.corpus.ids) if identity in firsts]
-        others = spread(len(data.corpus), max(0, PICTURED - len(self.queries) - len(relevant)))
+        others = evenly(len(data.corpus), max(0, PICTURED - len(self.queries) - len(relevant)))
         self.documents: Int64[np.ndarray, " m"] = np.union1d(relevant, others).astype(np.int64)
         self.kept: list[np.ndarray] = []
 

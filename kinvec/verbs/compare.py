@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kinvec.console import plain_table
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -114,15 +116,6 @@ def show(task: TaskComparison) -> None:
     _show_failures(task.failures, what, len(task.systems))
 
 
-def _table(*names: str, left: int = 1) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for place, name in enumerate(names):
-        table.add_column(name, justify="left" if place < left else "right", no_wrap=True)
-    return table
-
-
 def _ends(low: float | None, high: float | None, sign: str = "+") -> str:
     return "" if low is None else f"{low:{sign}.4f}, {high:{sign}.4f}"
 
@@ -137,7 +130,7 @@ def _counted(row: Difference) -> tuple[str, ...]:
 
 def _metrics(comparison: Comparison) -> Table:
     """Of two systems: every metric a row."""
-    table = _table("metric", "A", "B", "B − A", "95 % interval", "p", "won", "tied", "lost")
+    table = plain_table("metric", "A", "B", "B − A", "95 % interval", "p", "won", "tied", "lost")
     for row in comparison.metrics:
         table.add_row(row.metric, f"{row.a:.4f}", f"{row.b:.4f}", *_said(row), *_counted(row))
     return table
@@ -146,7 +139,7 @@ def _metrics(comparison: Comparison) -> Table:
 def _values(task: TaskComparison, letters: dict[str, str]) -> Table:
     """Of more systems: each a row, the main metric with its interval first."""
     others = [name for name in task.systems[0].metrics if name != task.by]
-    table = _table("", task.by, "95 % interval", *others)
+    table = plain_table("", task.by, "95 % interval", *others)
     for system in task.systems:
         main = system.metrics[task.by]
         rest = (f"{system.metrics[name].value:.4f}" for name in others)
@@ -155,7 +148,7 @@ def _values(task: TaskComparison, letters: dict[str, str]) -> Table:
 
 
 def _pairs(task: TaskComparison, letters: dict[str, str]) -> Table:
-    table = _table("", task.by, "95 % interval", "p", f"p, Holm of {len(task.comparisons)}", "won", "tied", "lost")
+    table = plain_table("", task.by, "95 % interval", "p", f"p, Holm of {len(task.comparisons)}", "won", "tied", "lost")
     for pair in task.comparisons:
         row = next(row for row in pair.metrics if row.metric == task.by)
         table.add_row(f"{letters[pair.b]} − {letters[pair.a]}", *_said(row), f"{pair.holm:.4f}", *_counted(row))
@@ -163,7 +156,7 @@ def _pairs(task: TaskComparison, letters: dict[str, str]) -> Table:
 
 
 def _seeds(system: Standing) -> Table:
-    table = _table("metric", "mean", "least", "most", "deviation", "95 % interval")
+    table = plain_table("metric", "mean", "least", "most", "deviation", "95 % interval")
     for row in system.spread:
         told = (f"{value:.4f}" for value in (row.mean, row.least, row.most, row.deviation))
         table.add_row(row.metric, *told, _ends(row.low, row.high))
@@ -174,7 +167,7 @@ def _slices(slices: Sequence[Slice], letters: dict[str, str]) -> Table:
     """Slices by one thing. Of two systems the columns are theirs; of more each row says which two."""
     several = len(letters) > 2
     sides = ("", "before", "after") if several else ("A", "B")
-    table = _table(slices[0].by, "n", *sides, "difference", "95 % interval", "Holm")
+    table = plain_table(slices[0].by, "n", *sides, "difference", "95 % interval", "Holm")
     for piece in slices:
         row = piece.difference
         pair = [f"{letters[piece.b]} − {letters[piece.a]}"] if several else []

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kinvec.console import plain_table
+
 if TYPE_CHECKING:
     from kinvec.contracts import Encoder, Problem, Qrels, Result, RetrievalData
 
@@ -264,7 +266,6 @@ def _of_splits(
 def show(result: Result) -> None:
     """Print a result for a person: one row a metric, the model and the baselines beside each other."""
     from rich.console import Console
-    from rich.table import Table
 
     from kinvec.tasks import unit_of
 
@@ -273,8 +274,7 @@ def show(result: Result) -> None:
     seconds = sum(value for key, value in result.timing.items() if not key.endswith("per_second"))
     precision = f" in {result.precision}" if result.precision else ""
     print(f"{result.task}{split}: {len(result.per_query['id']):,} {what}, {seconds:.1f} s{precision}")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("metric", no_wrap=True)
+    table = plain_table("metric")
     for name in (result.model, *result.baselines):
         table.add_column(name, justify="right", overflow="fold")
     for metric, value in result.metrics.items():
@@ -288,12 +288,9 @@ def show(result: Result) -> None:
 def show_cheaper(found: dict[str, Any]) -> None:
     """Print what fewer dimensions and bits cost, and the fewest bytes that keep 99 % and 95 %."""
     from rich.console import Console
-    from rich.table import Table
 
     measure, rows = found["measure"], found["rows"]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("dims", "precision", "bytes", measure, "change", "95 % interval", "kept"):
-        table.add_column(name, justify="left" if name == "precision" else "right", no_wrap=True)
+    table = plain_table("dims", "precision", "bytes", measure, "change", "95 % interval", "kept", left=(1,))
     for row in rows:
         change, stored = row["difference"], row["precision"] + ", rescored" * row["rescored"]
         table.add_row(

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 BEGUN, MANIFEST = "mine.json", "manifest.json"  # whose folder it is, from the start; that it is finished
 SAID = "reranker.jsonl"  # what the reranker said so far
 UNIT = 1e-3  # what a coordinate of a vector of length 1 may be off by
-SCALED_ROWS = 65_536  # vectors brought to length 1 at a time
 
 
 def mine(
@@ -195,10 +194,12 @@ def _scaled(shard: np.ndarray, scale: Callable[[np.ndarray], np.ndarray], path: 
     """The shard's rows at their scale, in a file of its own, block by block."""
     import numpy as np
 
+    from kinvec.tasks.evaluation import ENCODE_ROWS
+
     path.parent.mkdir(exist_ok=True)
     made = np.lib.format.open_memmap(path, "w+", np.float32, shard.shape)
-    for start in range(0, len(shard), SCALED_ROWS):
-        made[start : start + SCALED_ROWS] = scale(shard[start : start + SCALED_ROWS])
+    for start in range(0, len(shard), ENCODE_ROWS):
+        made[start : start + ENCODE_ROWS] = scale(shard[start : start + ENCODE_ROWS])
     return made
 
 

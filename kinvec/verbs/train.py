@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kinvec.console import plain_table
 from kinvec.contracts import GateError
 
 if TYPE_CHECKING:
@@ -120,18 +121,9 @@ def show(summary: dict[str, Any]) -> None:
         _show_run(summary, console)
 
 
-def _table(*columns: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
-    return table
-
-
 def _results(result: dict[str, Any]) -> Table:
     baselines = result["baselines"]
-    table = _table("metric", *baselines, "base", "tuned", "difference", "95 % interval", "p")
+    table = plain_table("metric", *baselines, "base", "tuned", "difference", "95 % interval", "p")
     for metric, row in result["metrics"].items():
         table.add_row(
             metric, *(f"{beside[metric]:.4f}" if metric in beside else "" for beside in baselines.values()),
@@ -143,7 +135,7 @@ def _results(result: dict[str, Any]) -> Table:
 
 def _seeds(result: dict[str, Any]) -> Table:
     """How far the seeds are apart, and where the difference lies for other queries and other seeds."""
-    table = _table("metric", "least", "most", "deviation", "95 % for other queries and seeds")
+    table = plain_table("metric", "least", "most", "deviation", "95 % for other queries and seeds")
     for metric, row in result["metrics"].items():
         both = "" if row["low_seeds"] is None else f"{row['low_seeds']:+.4f}, {row['high_seeds']:+.4f}"
         spread = (f"{row[key]:.4f}" for key in ("least", "most", "deviation"))
@@ -164,12 +156,8 @@ def _show_run(summary: dict[str, Any], console: Any) -> None:
 
 def _show_guard(guard: dict[str, Any], console: Any) -> None:
     """Print what became of the guard: a row a guard, the verdict, and of a mixture what it keeps of the gain."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     mixture = ["model", "drop"] if guard["share"] < 1 else []
-    for column in ("guard", "metric", "base", "tuned", "drop", "tolerated", *mixture):
-        table.add_column(column, justify="left" if column in ("guard", "metric") else "right", no_wrap=True)
+    table = plain_table("guard", "metric", "base", "tuned", "drop", "tolerated", *mixture, left=(0, 1))
     for name, row in guard["guards"].items():
         shown = [row["full"], row["model"]] if mixture else [row["full"]]
         drops = [text for drop in shown for text in (f"{drop['value']:.4f}", f"{0 - drop['difference']:.4f}")]
