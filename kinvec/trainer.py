@@ -31,6 +31,7 @@ from kinvec.config import Settings
 from kinvec.console import progress, say
 from kinvec.contracts import KinvecError, RecipeError
 from kinvec.embedder import Embedder
+from kinvec.faults import Spikes, refuse_fault
 from kinvec.gradcache import backward
 from kinvec.machine import release_pages
 from kinvec.mixing import Mixture, Step
@@ -131,7 +132,7 @@ def fit(
     optimizer = make_optimizer(embedder, settings)
     state = _resume(run, embedder, optimizer, settings)
     keep_log(run / "log.jsonl", state.step)
-    plan = _plan(embedder, source, settings, state)
+    plan, spikes = _plan(embedder, source, settings, state), Spikes(run / "log.jsonl")
     shares = source.plan(settings.batch_size, total) if len(source.sets) > 1 else {}
     for name, told in shares.items():
         say(f"{name}: {told['rows']:,} rows, {told['share']:.0%} of the training, {told['passes']:g} passes")
@@ -142,12 +143,13 @@ def fit(
             begun = time.perf_counter()
             asked = source.step(state.step, settings.batch_size)
             rate = learning_rate(state.step, total, settings)
-            row = _step(embedder, asked, optimizer, rate, settings, state, plan)
+            row = _step(embedder, asked, optimizer, rate, settings, state, plan, run)
             row |= _of_sets(asked, row["loss"])
             state.step += 1
             state.seconds += (seconds := time.perf_counter() - begun)
             row |= {"step": state.step, "epoch": state.step / steps_per_epoch, "tokens_per_s": row["tokens"] / seconds}
             row |= {"memory_gb": memory_gb(embedder.device), "eta_s": state.seconds / state.step * (total - state.step)}
+            row |= spikes.told(row, asked.batch)
             held = release_above(held, row["memory_gb"], state.step, embedder.device)
             due = bool(evaluate and every and (state.step % every == 0 or state.step == total))
             if due and evaluate:
@@ -227,7 +229,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 def _step(
     embedder: Embedder, asked: Step, optimizer: torch.optim.Optimizer, rate: float, settings: TrainerSettings,
-    state: Progress, plan: tuple[float, int],
+    state: Progress, plan: tuple[float, int], run: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """One optimiser step; out of memory, the chunks are halved and the step begins again with the same random state."""
     for group in optimizer.param_groups:
@@ -254,12 +256,7 @@ def _step(
         say(f"out of memory at step {state.step + 1}: going on with chunks of {state.chunk_tokens:,} tokens")
     weights = [parameter for _, parameter in trainable(embedder)]
     norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.clip or math.inf))
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        ids = ", ".join(asked.batch.ids[:8])
-        raise KinvecError(
-            f"the loss is {loss} and its gradient's norm {norm} at step {state.step + 1} (queries {ids}, …); "
-            "lower trainer.lr or raise objective.temperature"
-        )
+    refuse_fault(run, state.step + 1, asked.batch, {"loss": loss, "grad_norm": norm, "lr": rate})
     optimizer.step()
     tokens = int(lengths.sum())
     padded = float(lengths.max()) * len(lengths)

@@ -6,7 +6,7 @@ Shapes: B = queries of the batch, N = its documents.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class PairBatch:
 
     `excluded[i, j]` is True where document j is no negative for query i although it is not its target: it is another
     known positive, a duplicate of one, or the query's own text. `owner[j]` is the row that brought document j, and
-    `scores[j]` what the data say of the two: a grade, or a teacher's score.
+    `scores[j]` what the data say of the two: a grade, or a teacher's score. `where` are the places of the rows in their
+    files, where they have one.
     """
 
     queries: list[str]
@@ -39,6 +40,7 @@ class PairBatch:
     weights: Float[Tensor, " B"]
     scores: Float[Tensor, " N"]
     query_ids: list[str]
+    where: tuple[str, ...] = ()
 
     @property
     def ids(self) -> list[str]:
@@ -107,7 +109,8 @@ class PairSource:
         chosen = drawn(len(self), self.seed, step, batch_size)
         picked = [(self.table.example(int(self.rows[i])), int(self.places[i])) for i in chosen]
         draw = np.random.default_rng([self.seed, epoch, place, 1])
-        return build_batch(picked, self.weights[chosen], self.known, self.settings, draw)
+        batch = build_batch(picked, self.weights[chosen], self.known, self.settings, draw)
+        return replace(batch, where=tuple(self.table.where(int(self.rows[i])) for i in chosen))
 
 
 def pair_source(table: Table, examples: Int[np.ndarray, " E"], settings: DataSettings, seed: int) -> PairSource:
@@ -203,6 +206,7 @@ def join(batches: Sequence[PairBatch], known: Sequence[KnownPositives]) -> PairB
         weights=torch.cat([batch.weights for batch in batches]),
         scores=torch.tensor([float(batches[place].scores[column]) for place, column in columns]),
         query_ids=[query for batch in batches for query in batch.query_ids],
+        where=tuple(place for batch in batches for place in batch.where),
     )  # fmt: skip
 
 
