@@ -336,19 +336,24 @@ def fuse(backbone: Backbone) -> None:
         fuse_projections(backbone.model)
 
 
+def layers(backbone: Backbone) -> list[nn.Module]:
+    """The transformer's layers, as far as transformers has marked them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def recompute_layers(backbone: Backbone) -> None:
     """Gradient checkpointing (Chen et al. 2016): in training a layer keeps its input alone, and runs once more later.
 
     The second run draws the same dropout masks; loss and gradients are those without, to the bit. Raises `KinvecError`
     for an architecture whose layers transformers has not marked for it.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
+    found: list[Any] = list(layers(backbone))
+    if not found:
         kind = backbone.model.config.model_type  # type: ignore[union-attr]
         raise KinvecError(f"{kind}: its layers cannot be recomputed; leave trainer.gradient_checkpointing off")
-    for layer in layers:
+    for layer in found:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=recomputing)
 
@@ -432,8 +437,10 @@ def merge_lora(backbone: Backbone) -> None:
 
 def resolve_device(device: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises `KinvecError` for a device that is not here."""
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())  # of several processes each has its own
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

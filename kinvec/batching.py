@@ -168,6 +168,32 @@ def cut(lengths: Int[np.ndarray, " n"], budget: int) -> list[list[int]]:
     return groups
 
 
+def deal(lengths: Int[np.ndarray, " n"], budget: int, ranks: int) -> list[list[list[int]]]:
+    """Cut n texts into groups for several processes: as many groups for each, and nearly as many tokens in each group.
+
+    For one process that is `cut`. For more, a group may exceed the budget by a text. Raises `KinvecError` where there
+    are too few texts.
+    """
+    if ranks == 1:
+        return [cut(lengths, budget)]
+    order = np.argsort(lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
+    rounds = -(-int(ends[-1]) // (budget * ranks))
+    groups = rounds * ranks
+    if groups > len(order):
+        raise KinvecError(
+            f"a step of {len(order)} texts cannot be cut into {groups} parts for {ranks} processes; raise "
+            "trainer.batch_size or trainer.chunk_tokens, or start fewer processes"
+        )
+    number = np.arange(1, groups)
+    bounds = np.maximum(np.searchsorted(ends, ends[-1] * number / groups), 1)
+    bounds = np.maximum.accumulate(bounds - number) + number  # no group is empty
+    bounds = np.minimum(bounds, len(order) - groups + number)
+    parts = [part.tolist() for part in np.split(order, bounds)]
+    # Long texts cost more than their tokens: forwards, then backwards, so that nobody gets the longer of every round.
+    return [[parts[r * ranks + (rank if r % 2 else ranks - 1 - rank)] for r in range(rounds)] for rank in range(ranks)]
+
+
 def packs(tokens: Tokens, budget: int) -> Iterator[Pack]:
     """All texts, as packs of at most `budget` tokens."""
     for rows in cut(tokens.lengths, budget):

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from kinvec import distributed
 from kinvec.contracts import KinvecError
 from kinvec.files import replace_folder, saying_full
 
@@ -100,12 +101,21 @@ class SafeReader(dcp.FileSystemReader):
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], keep: set[int]) -> None:
-    """Write the checkpoint of `step` beside and rename it, then delete all others but those of the steps in `keep`."""
+    """Write the checkpoint of `step` beside and rename it, then delete all others but those of the steps in `keep`.
+
+    Where tensors are spread over processes all of them call this, each writes its own parts, and rank 0 the rest.
+    """
     final, beside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    if distributed.rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    spread = any(map(distributed.sharded, tensors.values()))
+    if spread:
+        distributed.wait()
     try:
-        write_state(beside, tensors)
+        write_state(beside, tensors, spread)
+        if distributed.rank():
+            return
         checksums = {path.name: _checksum(path) for path in sorted(beside.iterdir())}
         manifest = {"format": 1, "step": step, "files": checksums, "values": dict(values)}
         with open(beside / MANIFEST, "w", encoding="utf-8") as file:
@@ -121,11 +131,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors (and other values) by name as a torch distributed checkpoint of one process into the folder."""
+def write_state(folder: Path, state: Mapping[str, Any], spread: bool = False) -> None:
+    """Write tensors (and other values) by name as a torch distributed checkpoint, of one process or of all."""
     with saying_full(folder, sum(getattr(value, "nbytes", 0) for value in state.values())), _one_process():
         try:
-            dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+            dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(folder), no_dist=not spread)
         except CheckpointException as error:  # it wraps what the one rank met
             cause, _ = next(iter(error.failures.values()))
             raise cause from None

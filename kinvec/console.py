@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Collection, Iterator
+import os
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +59,7 @@ def _clock(seconds: float) -> str:
 @contextmanager
 def progress(label: str, total: int, start: int = 0) -> Iterator[Progress]:
     """A bar for `total` units, of which `start` are done already; plain, rare lines where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if silent or not sys.stderr.isatty():
         shown = Progress(label, total)
         shown.done = start
         yield shown

@@ -11,15 +11,17 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
+from kinvec import distributed
 from kinvec.backbone import (
     Backbone,
     LanguageHead,
@@ -65,6 +67,7 @@ class Embedder(nn.Module):
         self.append_eos: bool = settings["append_eos"]
         self.precision = "fp32"
         self.language: LanguageHead | None = None
+        self.loaded: Loaded | None = None  # how other processes open it, to help encoding
 
     @classmethod
     def load(
@@ -81,6 +84,7 @@ class Embedder(nn.Module):
         if embedder.precision == "bf16":
             embedder.backbone.to(torch.bfloat16)
         fuse(embedder.backbone)
+        embedder.loaded = (str(name_or_folder), embedder.precision, device, max_length)
         return embedder.to(place).eval()
 
     @property
@@ -158,8 +162,14 @@ class Embedder(nn.Module):
         return self.encode(texts, prompt=self.prompts.get("document", ""))
 
     def _encode_tokens(self, tokens: Tokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for texts in packs(tokens, ENCODE_TOKENS):
-            yield np.array(texts.rows), self(texts.to(self.device)).float().cpu().numpy()
+        parts = list(packs(tokens, ENCODE_TOKENS))
+        held = self.loaded or (HELD if _holds(self) else None)
+        helped = partial(_vectors_of, held) if held is not None else None
+        for texts, vectors in zip(parts, distributed.shared(self._vectors, parts, helped), strict=True):
+            yield np.array(texts.rows), vectors
+
+    def _vectors(self, texts: Pack) -> Float32[np.ndarray, "m d"]:
+        return self(texts.to(self.device)).float().cpu().numpy()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         mixed = self.precision == "bf16" and next(self.backbone.parameters()).dtype == torch.float32
@@ -191,6 +201,29 @@ class Embedder(nn.Module):
         """
         model: Any = self.language.whole if self.language else self.backbone.model
         return model if model.dtype == torch.float32 else open_folder(self.name).backbone.model
+
+
+Loaded = tuple[str, str, str, int | None]
+HELD: Loaded = ("", "", "", None)  # not opened for this, but what all processes hold: the model in training
+_opened = lru_cache(maxsize=2)(lambda loaded: _open_again(*loaded))
+
+
+def _open_again(name: str, precision: str, device: str, max_length: int | None) -> Embedder:
+    return Embedder.load(name, precision=precision, device=device, max_length=max_length)
+
+
+def _holds(embedder: Embedder) -> bool:
+    return isinstance(distributed.model, Embedder) and embedder.backbone is distributed.model.backbone
+
+
+def _vectors_of(loaded: Loaded, texts: Pack) -> Float32[np.ndarray, "m d"]:
+    """A pack's vectors for another process, as it would have computed them itself."""
+    embedder: Embedder = distributed.model if loaded == HELD else _opened(loaded)
+    training = embedder.training
+    with torch.inference_mode(), embedder.eval()._autocast():
+        vectors = embedder._vectors(texts)
+    embedder.train(training)
+    return vectors
 
 
 def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Embedder:

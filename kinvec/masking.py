@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from kinvec import distributed
 from kinvec.batching import Pack
 from kinvec.config import Settings
 from kinvec.contracts import RecipeError
@@ -99,14 +100,14 @@ def backward(
 
     Every chunk's graph is freed before the next is built: no prediction depends on another text.
     """
-    count = max(sum(len(cloze.targets) for cloze in asked), 1)
+    count = max(int(distributed.total(sum(len(cloze.targets) for cloze in asked))), 1)
     total = right = 0.0
     for cloze in asked:
-        if not len(cloze.targets):
+        if not len(cloze.targets) and distributed.world() == 1:
             continue
         answers = logits(hidden(cloze.pack)[cloze.read]).float()
         loss = torch.nn.functional.cross_entropy(answers, cloze.targets, reduction="sum") / count
         loss.backward()
         total += loss.item()
         right += float((answers.argmax(-1) == cloze.targets).sum())
-    return total, right / count
+    return distributed.total(total), distributed.total(right) / count

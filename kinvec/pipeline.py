@@ -9,6 +9,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kinvec import tasks
+from kinvec import distributed, tasks
 from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precision, round_weights
 from kinvec.card import write_card
 from kinvec.config import differences, dump, merged
@@ -36,6 +37,7 @@ from kinvec.trainer import fit
 from kinvec.validation import Listener, validation
 
 RUN_FILE = "run.json"  # its presence says that a folder is a run of ours
+TRAINED = "training.json"  # its presence says that training is finished, and the model saved
 
 
 def run(recipe: Recipe, force: bool = False, base: Path | None = None) -> dict[str, Any]:
@@ -45,13 +47,32 @@ def run(recipe: Recipe, force: bool = False, base: Path | None = None) -> dict[s
     Raises `KinvecError` or `RecipeError` for bad data, a bad model or a folder that is not this run's, before the
     folder is made.
     """
+    distributed.start()
     set_threads(recipe.threads)
-    data = open_run_data(recipe)
+    data = distributed.in_turn(partial(open_run_data, recipe))
     embedder = open_model(recipe)
+    begun = distributed.led(partial(_begin, recipe, data, embedder, force, base), embedder)
+    if begun.finished is not None:
+        return begun.finished
+    trained = _train(recipe, begun, embedder, data)
+    return distributed.led(partial(_conclude, recipe, begun.folder, embedder, data, trained), embedder)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A run folder, and how far it had come: the summary of a finished run, that of a finished training."""
+
+    folder: Path
+    finished: dict[str, Any] | None = None
+    trained: dict[str, Any] | None = None
+
+
+def _begin(recipe: Recipe, data: RunData, embedder: Embedder, force: bool, base: Path | None) -> _Begun:
+    """What comes before training: the folder, the warnings, the base model's results."""
     folder = claim_folder(recipe, data, embedder, force)
     if (folder / "summary.json").is_file():
         say(f"{folder}: this run is finished; --force starts it afresh")
-        return json.loads((folder / "summary.json").read_text("utf-8"))
+        return _Begun(folder, finished=json.loads((folder / "summary.json").read_text("utf-8")))
     for warning in data.warnings:
         say(f"warning: {warning}")
     if recipe.evaluate:
@@ -59,7 +80,14 @@ def run(recipe: Recipe, force: bool = False, base: Path | None = None) -> dict[s
             _take_over(base / "results" / "base", folder / "results" / "base")
         evaluate_into(folder / "results" / "base", embedder, data)
     check_metrics(data.guards, folder / "results" / "base")
-    trained = _train(recipe, folder, embedder, data)
+    done = folder / TRAINED
+    return _Begun(folder, trained=json.loads(done.read_text("utf-8")) if done.is_file() else None)
+
+
+def _conclude(
+    recipe: Recipe, folder: Path, embedder: Embedder, data: RunData, trained: dict[str, Any]
+) -> dict[str, Any]:
+    """What comes after training: the tuned model's results, the guard, the comparison, the report; the summary."""
     embedder.name = str(folder / "model")
     if recipe.evaluate:
         evaluate_into(folder / "results" / "tuned", embedder, data)
@@ -161,7 +189,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     for task in (*settings["tasks"].values(), *settings["guard"].values()):
         task.pop("data")
         task.pop("dev", None)
-    for key in ("trackers", "memory_budget", "keep", "keep_best"):
+    for key in ("trackers", "memory_budget", "keep", "keep_best", "shard"):
         settings["trainer"].pop(key)
     return settings
 
@@ -272,14 +300,14 @@ def develop(data: RunData, batch_size: int, embedder: Embedder) -> dict[str, flo
     return {"mean": mean} | {f"{name} {key}": value for name, own in found.items() for key, value in own.items()}
 
 
-def _train(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData) -> dict[str, Any]:
+def _train(recipe: Recipe, begun: _Begun, embedder: Embedder, data: RunData) -> dict[str, Any]:
     """Train, unless the tuned model is there already; `embedder` then holds it."""
-    done = folder / "training.json"
-    if done.is_file():
+    folder = begun.folder
+    if begun.trained is not None:
         tuned = open_folder(folder / "model")
         embedder.load_state_dict(tuned.state_dict())
         embedder.lineage = tuned.lineage
-        return json.loads(done.read_text("utf-8"))
+        return begun.trained
     torch.manual_seed(recipe.seed)  # adapters draw their start from it
     if any(one.objective.ask for one in data.sets):
         add_language_head(embedder).requires_grad_(not recipe.lora.rank)
@@ -293,11 +321,11 @@ def _train(recipe: Recipe, folder: Path, embedder: Embedder, data: RunData) -> d
     trained = fit(embedder, source, recipe.trainer, folder, evaluate, recipe.seed)
     with unrounded(embedder):
         if recipe.lora.rank:
-            save_adapter(embedder, folder / "adapter", recipe.model)
+            distributed.led(partial(save_adapter, embedder, folder / "adapter", recipe.model))
         merge_lora(embedder.backbone)
         embedder.lineage.append(_lineage(recipe, data, embedder, trained))
-        embedder.save(folder / "model")
-    write_json(done, trained)
+        distributed.led(partial(embedder.save, folder / "model"))
+    distributed.led(partial(write_json, folder / TRAINED, trained))
     return trained
 
 

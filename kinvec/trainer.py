@@ -11,9 +11,10 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +24,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from kinvec import checkpoint, masking
+from kinvec import distributed, masking
 from kinvec.attention import replace_dropout
-from kinvec.backbone import fuse, has_dropout, recompute_layers, set_dropout, trainable
-from kinvec.batching import Pack, cut, pack
+from kinvec.backbone import fuse, has_dropout, layers, recompute_layers, set_dropout, trainable
+from kinvec.batching import Pack, deal, pack
 from kinvec.config import Settings
 from kinvec.console import progress, say
 from kinvec.contracts import KinvecError, RecipeError
@@ -36,6 +37,7 @@ from kinvec.gradcache import backward
 from kinvec.machine import release_pages
 from kinvec.mixing import Mixture, Step
 from kinvec.planner import CHUNK_TOKENS, chunks_to_keep, memory_budget, parse_bytes, saved_bytes_per_token
+from kinvec.resuming import Progress, keep_log, restore_best, resume, save
 from kinvec.tracking import open_trackers
 
 SMALLEST_CHUNK = 64  # tokens; out of memory below it, halving will not help
@@ -80,6 +82,9 @@ class TrainerSettings(Settings):
     """Memory for activations, such as 6GiB; auto is half of what is free. Only speed depends on it."""
     chunk_tokens: int = Field(CHUNK_TOKENS, ge=1)
     """Tokens that go through the model at once."""
+    shard: Literal["no", "all", "machine"] = "no"
+    """Of several processes: each holds the whole model, or a part of it (FSDP2), spread over all processes or over
+    those of each machine (HSDP)."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of the model's layers and run each layer again for its gradients: less memory, slower."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
@@ -93,20 +98,6 @@ class TrainerSettings(Settings):
         return value
 
 
-@dataclass
-class Progress:
-    """What a checkpoint remembers besides tensors."""
-
-    step: int = 0
-    best_step: int = 0
-    best_score: float = -math.inf
-    best: list[dict[str, Any]] = field(default_factory=list)  # step and score of those kept, best first
-    stale: int = 0
-    chunk_tokens: int = CHUNK_TOKENS
-    halvings: list[dict[str, int]] = field(default_factory=list)
-    seconds: float = 0.0
-
-
 Evaluate = Callable[[Embedder], dict[str, float]]
 
 
@@ -116,6 +107,8 @@ def fit(
 ) -> dict[str, Any]:  # fmt: skip
     """Train the embedder in place; on return it holds the best weights by dev, else the last.
 
+    Of several processes each does its share of a step (`kinvec.distributed`), and rank 0 evaluates and writes.
+
     `evaluate` gives dev metrics, the first of which chooses. Continues from the newest checkpoint of `run`. Returns a
     summary: steps, seconds, best step and score, plan. Raises `KinvecError` when the loss stops being a number.
     """
@@ -123,26 +116,30 @@ def fit(
     steps_per_epoch = source.steps_per_epoch(settings.batch_size)
     total = settings.max_steps or math.ceil(settings.epochs * steps_per_epoch)
     every = steps_per_epoch if settings.eval_every is None else settings.eval_every
-    _prepare(embedder, settings)
+    whole, embedder = embedder, _prepared(embedder, settings)
     noisy = [part.objective.name for part in source.sets if part.objective.noisy]
     if noisy and not has_dropout(embedder):
         raise RecipeError(
             f"{noisy[0]} needs dropout: it makes two embeddings of a text differ; set trainer.dropout=0.1"
         )
     optimizer = make_optimizer(embedder, settings)
-    state = _resume(run, embedder, optimizer, settings)
-    keep_log(run / "log.jsonl", state.step)
-    plan, spikes = _plan(embedder, source, settings, state), Spikes(run / "log.jsonl")
+    state = resume(run, embedder, optimizer, settings.chunk_tokens)
+    log_file = run / "log.jsonl" if distributed.rank() == 0 else Path(os.devnull)
+    if distributed.rank() == 0:
+        keep_log(log_file, state.step)
+    plan, spikes = _plan(embedder, source, settings, state), Spikes(log_file)
     shares = source.plan(settings.batch_size, total) if len(source.sets) > 1 else {}
     for name, told in shares.items():
         say(f"{name}: {told['rows']:,} rows, {told['share']:.0%} of the training, {told['passes']:g} passes")
     _warn_of_schedule(total, settings)
-    trackers, held = open_trackers(list(settings.trackers), run), 0.0
-    with _stopping() as stopped, progress("training", total, state.step) as bar, open(run / "log.jsonl", "a") as log:
+    trackers, held = open_trackers(list(settings.trackers) if distributed.rank() == 0 else [], run), 0.0
+    with _stopping() as stopped, progress("training", total, state.step) as bar, open(log_file, "a") as log:
         while state.step < total and not (settings.early_stop and state.stale >= settings.early_stop):
             begun = time.perf_counter()
             asked = source.step(state.step, settings.batch_size)
             rate = learning_rate(state.step, total, settings)
+            if distributed.world() > 1:  # dropout masks of its own in every process, whatever happened before
+                torch.manual_seed(seed + 1_000_003 * (state.step * distributed.world() + distributed.rank() + 1))
             row = _step(embedder, asked, optimizer, rate, settings, state, plan, run)
             row |= _of_sets(asked, row["loss"])
             state.step += 1
@@ -158,20 +155,35 @@ def fit(
             log.flush()
             for track in trackers:
                 track(row)
-            stop = stopped()  # asked once: a signal that comes while this is saved waits for the next step
+            # Asked once: a signal that comes while this is saved waits for the next step.
+            stop = distributed.total(stopped()) > 0
             if due or state.step % settings.save_every == 0 or state.step == total or stop:
-                _save(run, embedder, optimizer, state, settings)
+                save(run, embedder, optimizer, state, settings.keep)
             bar.advance(1, _note(row))
             if stop:
                 raise KeyboardInterrupt
     if evaluate and state.best_step and state.best_step != state.step:
-        _restore_best(run, embedder, state)
+        restore_best(run, embedder, state)
+    if whole is not embedder:
+        distributed.gather(embedder, whole)
     return {
         "steps": state.step, "seconds": round(state.seconds, 2), "best_step": state.best_step or state.step,
         "best_score": state.best_score if state.best_step else None, "best": state.best,
         "chunk_tokens": state.chunk_tokens, "halvings": state.halvings, "bytes_per_token": round(plan[0]),
         **({"sets": shares} if shares else {}),
     }  # fmt: skip
+
+
+def _prepared(embedder: Embedder, settings: TrainerSettings) -> Embedder:
+    """What is trained: the embedder made ready for it, or a copy whose weights are spread over the processes."""
+    copied = deepcopy(embedder) if settings.shard != "no" and distributed.world() > 1 else embedder
+    _prepare(embedder, settings)
+    if copied is not embedder:
+        if embedder.language is not None:
+            raise RecipeError("trainer.shard is for objectives over embeddings; leave it out to predict tokens")
+        _prepare(copied, settings)
+        distributed.spread(copied, layers(copied.backbone), settings.shard)
+    return copied
 
 
 def _prepare(embedder: Embedder, settings: TrainerSettings) -> None:
@@ -243,7 +255,7 @@ def _step(
             loss, lengths, measures = _gradients(embedder, asked, state.chunk_tokens, (plan[0], budget))
             break
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not _out_of_memory(error) or distributed.world() > 1:  # the others wait for what will not come
                 raise
             if state.chunk_tokens < SMALLEST_CHUNK:
                 raise KinvecError(
@@ -255,7 +267,8 @@ def _step(
         state.halvings.append({"step": state.step + 1, "chunk_tokens": state.chunk_tokens})
         say(f"out of memory at step {state.step + 1}: going on with chunks of {state.chunk_tokens:,} tokens")
     weights = [parameter for _, parameter in trainable(embedder)]
-    norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.clip or math.inf))
+    distributed.add_gradients(weights)
+    norm = float(distributed.whole(torch.nn.utils.clip_grad_norm_(weights, settings.clip or math.inf)))
     refuse_fault(run, state.step + 1, asked.batch, {"loss": loss, "grad_norm": norm, "lr": rate})
     optimizer.step()
     tokens = int(lengths.sum())
@@ -272,13 +285,13 @@ def _gradients(
 ) -> tuple[float, np.ndarray, dict[str, float]]:
     """The loss, with its gradients left on the parameters; the texts' lengths; what the objective measures."""
     objective, batch = asked.objective, asked.batch
-    chunks, lengths = step_chunks(embedder, asked, chunk_tokens)
+    chunks, lengths, sizes = step_chunks(embedder, asked, chunk_tokens)
     if objective.ask is not None:
         clozes = [objective.ask(embedder.tokenizer, chunk) for chunk in chunks]
         of_tokens = _mixed(embedder, embedder.backbone), _mixed(embedder, embedder.language)
         value, right = masking.backward(*of_tokens, clozes)
         return value, lengths, {"accuracy": right}
-    keep = chunks_to_keep([sum(chunk.lengths) for chunk in chunks], *plan)
+    keep = min(chunks_to_keep(own, *plan) for own in sizes)
     count = len(asked.queries)
     measures: dict[str, float] = {}
 
@@ -288,14 +301,22 @@ def _gradients(
             measures.update(objective.measures(queries, documents, batch))
         return objective.loss(queries, documents, batch)
 
-    return backward(_embed(embedder), chunks, loss, keep), lengths, measures
+    distributed.scatter_gradients(embedder, False)
+    at_last = partial(distributed.scatter_gradients, embedder, True)
+    return backward(_embed(embedder), chunks, loss, keep, at_last), lengths, measures
 
 
-def step_chunks(embedder: Embedder, asked: Step, chunk_tokens: int) -> tuple[list[Pack], np.ndarray]:
-    """All texts of a step, queries first, as packs of at most `chunk_tokens` tokens; and the texts' lengths."""
+def step_chunks(embedder: Embedder, asked: Step, chunk_tokens: int) -> tuple[list[Pack], np.ndarray, list[list[int]]]:
+    """This process's packs of a step, of about `chunk_tokens` each; all texts' lengths; the sizes of everyone's packs.
+
+    Queries come first, and a pack's size is its tokens.
+    """
     tokens = embedder.tokenize(asked.queries, asked.query_prompts)
     tokens = tokens + embedder.tokenize(asked.documents, asked.document_prompts)
-    return [pack(tokens, rows).to(embedder.device) for rows in cut(tokens.lengths, chunk_tokens)], tokens.lengths
+    lengths = tokens.lengths
+    dealt = deal(lengths, chunk_tokens, distributed.world())
+    chunks = [pack(tokens, rows).to(embedder.device) for rows in dealt[distributed.rank()]]
+    return chunks, lengths, [[int(lengths[rows].sum()) for rows in own] for own in dealt]
 
 
 def _embed(embedder: Embedder) -> Callable[[Pack], Tensor]:
@@ -327,15 +348,16 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _plan(embedder: Embedder, source: Mixture, settings: TrainerSettings, state: Progress) -> tuple[float, int]:
     """(bytes a token, budget): what decides how many chunks keep their graphs."""
-    chunks, _ = step_chunks(embedder, source.step(0, min(settings.batch_size, max(16, len(source.sets)))), 2048)
+    chunks, *_ = step_chunks(embedder, source.step(0, min(settings.batch_size, max(16, len(source.sets)))), 2048)
     bytes_per_token = saved_bytes_per_token(embedder, _embed(embedder), chunks[-1])
-    return bytes_per_token, memory_budget(settings.memory_budget, embedder.device)
+    budget = memory_budget(settings.memory_budget, embedder.device)
+    return bytes_per_token, int(distributed.least(budget / distributed.here()))
 
 
 def _evaluate(embedder: Embedder, evaluate: Evaluate, state: Progress, keep: int) -> dict[str, float]:
     """Dev metrics, with the random state put back, so that evaluating more often trains the same model."""
     random_state = torch.get_rng_state()
-    metrics = evaluate(embedder)
+    metrics = distributed.led(partial(evaluate, embedder), embedder)
     torch.set_rng_state(random_state)
     embedder.train()
     score = next(iter(metrics.values()))
@@ -348,83 +370,6 @@ def _evaluate(embedder: Embedder, evaluate: Evaluate, state: Progress, keep: int
     if better:
         state.best_step, state.best_score = state.step, score
     return metrics
-
-
-def _tensors(embedder: Embedder, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Everything of a checkpoint that is a tensor, by name; what is frozen comes from the base model."""
-    tensors = {f"model.{name}": parameter.data for name, parameter in trainable(embedder)}
-    if optimizer is None:
-        return tensors
-    for name, parameter in trainable(embedder):
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{name}.{key}"] = value
-    tensors["random.cpu"] = torch.get_rng_state()
-    if embedder.device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    return tensors
-
-
-def _save(
-    run: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state: Progress, settings: TrainerSettings
-) -> None:
-    folder = run / "checkpoints"
-    newest = [step for step, _ in checkpoint.steps(folder)][-(settings.keep - 1) :] if settings.keep > 1 else []
-    keep = {*newest, state.best_step, *(one["step"] for one in state.best)}
-    checkpoint.save(
-        folder, state.step, _tensors(embedder, optimizer), vars(state) | {"best_score": _finite(state.best_score)}, keep
-    )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _resume(run: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, settings: TrainerSettings) -> Progress:
-    path = checkpoint.latest(run / "checkpoints")
-    if path is None:
-        return Progress(chunk_tokens=settings.chunk_tokens)
-    values = checkpoint.read_values(path)
-    values["best_score"] = -math.inf if values["best_score"] is None else values["best_score"]
-    _allocate(optimizer, trainable(embedder), path)
-    tensors = _tensors(embedder, optimizer)
-    checkpoint.load_into(path, tensors)
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    say(f"continuing after step {values['step']}")
-    return Progress(**values)
-
-
-def _allocate(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, Tensor]], path: Path) -> None:
-    """Give AdamW its moments, for the checkpoint to fill; a parameter that never had a gradient has none there."""
-    stored = checkpoint.names(path)
-    for name, parameter in parameters:
-        if f"optimizer.{name}.step" in stored:
-            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-
-
-def _restore_best(run: Path, embedder: Embedder, state: Progress) -> None:
-    path = run / "checkpoints" / f"step-{state.best_step:08d}"
-    checkpoint.read_values(path)
-    checkpoint.load_into(path, _tensors(embedder, None))
-
-
-def keep_log(path: Path, step: int) -> None:
-    """Drop the log's lines after `step`, so that every step is there once; a half-written last line goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    beside = path.with_name(".log.jsonl.tmp")
-    beside.write_text("".join(kept), "utf-8")
-    os.replace(beside, path)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -137,7 +137,7 @@ def test_a_step_in_chunks_is_the_step_in_one_piece(
     found = {}
     for tokens in (4096, 16):
         embedder.zero_grad()
-        chunks, _ = step_chunks(embedder, asked, tokens)
+        chunks, *_ = step_chunks(embedder, asked, tokens)
         value = backward(
             embedder, chunks, lambda vectors: chosen.loss(vectors, vectors[:0], asked.batch), keep=tokens // 4096
         )

@@ -1,0 +1,112 @@
+"""The state of a training between two steps: what a checkpoint holds of it, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinvec import checkpoint, distributed
+from kinvec.backbone import trainable
+from kinvec.console import say
+from kinvec.embedder import Embedder
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers besides tensors."""
+
+    step: int = 0
+    best_step: int = 0
+    best_score: float = -math.inf
+    best: list[dict[str, Any]] = field(default_factory=list)  # step and score of those kept, best first
+    stale: int = 0
+    chunk_tokens: int = 0
+    halvings: list[dict[str, int]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def save(run: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state: Progress, keep: int) -> None:
+    """Write a checkpoint of the run; of the older ones the best stay, and the newest, `keep` with this one.
+
+    Rank 0 writes, or all processes do where the weights are spread over them.
+    """
+    folder, tensors = run / "checkpoints", _tensors(embedder, optimizer)
+    if distributed.rank() and not any(map(distributed.sharded, tensors.values())):
+        return
+    newest = [step for step, _ in checkpoint.steps(folder)][-(keep - 1) :] if keep > 1 else []
+    kept = {*newest, state.best_step, *(one["step"] for one in state.best)}
+    score = state.best_score if math.isfinite(state.best_score) else None
+    checkpoint.save(folder, state.step, tensors, vars(state) | {"best_score": score}, kept)
+
+
+def resume(run: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, chunk_tokens: int) -> Progress:
+    """Fill weights and moments from the newest checkpoint of the run, and say where it was; from none, the start."""
+    path = checkpoint.latest(run / "checkpoints")
+    if path is None:
+        return Progress(chunk_tokens=chunk_tokens)
+    values = checkpoint.read_values(path)
+    values["best_score"] = -math.inf if values["best_score"] is None else values["best_score"]
+    _allocate(optimizer, trainable(embedder), path)
+    tensors = _tensors(embedder, optimizer)
+    checkpoint.load_into(path, tensors)
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    say(f"continuing after step {values['step']}")
+    return Progress(**values)
+
+
+def restore_best(run: Path, embedder: Embedder, state: Progress) -> None:
+    """Fill the weights from the best checkpoint of the run."""
+    distributed.wait()  # until it is written
+    path = run / "checkpoints" / f"step-{state.best_step:08d}"
+    checkpoint.read_values(path)
+    checkpoint.load_into(path, _tensors(embedder, None))
+
+
+def keep_log(path: Path, step: int) -> None:
+    """Drop the log's lines after `step`, so that every step is there once; a half-written last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    beside = path.with_name(".log.jsonl.tmp")
+    beside.write_text("".join(kept), "utf-8")
+    os.replace(beside, path)
+
+
+def _tensors(embedder: Embedder, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Everything of a checkpoint that is a tensor, by name; what is frozen comes from the base model."""
+    tensors = {f"model.{name}": parameter.data for name, parameter in trainable(embedder)}
+    if optimizer is None:
+        return tensors
+    for name, parameter in trainable(embedder):
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    tensors["random.cpu"] = torch.get_rng_state()
+    if embedder.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _allocate(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, Tensor]], path: Path) -> None:
+    """Give AdamW its moments, for the checkpoint to fill; a parameter that never had a gradient has none there."""
+    stored = checkpoint.names(path)
+    for name, parameter in parameters:
+        if f"optimizer.{name}.step" in stored:
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
