@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 from kinvec.contracts import KinvecError
@@ -33,6 +35,7 @@ Exit codes: 0 done, 1 the data, the model or the machine is wrong, 2 the argumen
 
 
 INTERRUPTED = 130
+RESUMING = ("demo", "train", "mine", "embed")  # verbs whose work is kept as it is done
 
 
 def overview() -> str:
@@ -81,6 +84,8 @@ def main() -> None:
     """The entry point of the `kinvec` command. An error is one sentence; the traceback only with --debug."""
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
+    with suppress(ValueError):  # not the main thread: whoever owns it handles signals
+        signal.signal(signal.SIGTERM, _stop)
     try:
         code = run_verb(argv)
     except (KinvecError, OSError, MemoryError) as error:
@@ -89,11 +94,17 @@ def main() -> None:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         code = getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
-        print("stopped; the same command continues where it was.", file=sys.stderr)
+        kept = "continues where it was" if argv[0] in RESUMING else "begins again; nothing half-made is left"
+        print(f"stopped; the same command {kept}.", file=sys.stderr)
         code = INTERRUPTED
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _stop(*_: object) -> None:
+    """SIGTERM, as a scheduler sends it, ends a command as Ctrl-C does; training saves first (trainer.py)."""
+    raise KeyboardInterrupt
 
 
 def _sentence(error: BaseException) -> str:
@@ -103,10 +114,18 @@ def _sentence(error: BaseException) -> str:
         import errno
 
         where = f" ({error.filename})" if error.filename else ""
-        if error.errno == errno.ENOSPC:
-            return f"the disk is full{where}; free some space and run the same command again: nothing is lost."
-        return f"{error.strerror or error}{where}"
-    return " ".join(str(error).split("\n")) if "\n" not in str(error) else str(error)
+        remedies = {
+            **dict.fromkeys(
+                (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+                f"the disk is full{where}; free some space and run the same command again: nothing is lost.",
+            ),
+            errno.EROFS: f"the disk is read-only{where}; name a folder that may be written to, or mount it writable.",
+            errno.EACCES: f"permission denied{where}; name another folder, or ask for the right to use this one.",
+            errno.ENOENT: f"a file is gone{where}; put it back and run the same command again: what is done is kept.",
+            errno.EIO: f"the disk cannot be read or written{where}; copy what is there to another, and go on there.",
+        }
+        return remedies.get(error.errno or 0) or f"{error.strerror or error}{where}"
+    return str(error)
 
 
 if __name__ == "__main__":

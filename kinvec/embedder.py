@@ -40,7 +40,7 @@ from kinvec.batching import Pack, Tokens, append_end, ends_texts, packs, tokeniz
 from kinvec.console import progress as progress_bar
 from kinvec.contracts import KinvecError
 from kinvec.files import replace_folder, saying_full
-from kinvec.folder import head_module, optional_json, read_json, read_settings, write_folder
+from kinvec.folder import head_module, optional_json, read_json, read_settings, refuse_damaged, write_folder
 from kinvec.machine import keep_pages
 from kinvec.pooling import POOLINGS, Dense, Normalize, pool
 
@@ -232,6 +232,7 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
 
     keep_pages()
     folder = fetch(str(name_or_folder))
+    refuse_damaged(folder)
     if (folder / "adapter_config.json").is_file() and not _has_modules(folder):
         return _open_adapter(folder, max_length)
     modules = read_json(folder / "modules.json") if _has_modules(folder) else None

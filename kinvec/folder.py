@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kinvec.backbone import trainable
 from kinvec.contracts import KinvecError
-from kinvec.files import saying_full, write_json
+from kinvec.files import content_fingerprint, damaged, saying_full, write_json
 from kinvec.pooling import POOLINGS, Dense, Normalize
 
 FORMAT = 1
@@ -189,6 +189,30 @@ def write_folder(embedder: Any, model: Any, folder: Path) -> None:
         },
     )
     write_json(folder / "kinvec.json", describe(embedder))
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    """Note in `kinvec.json` the checksums of the files that nobody edits: weights and tokenizer."""
+    checksums = {name: content_fingerprint(folder / name) for name in _sealed(folder)}
+    write_json(folder / "kinvec.json", read_json(folder / "kinvec.json") | {"checksums": checksums})
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Raise `KinvecError` where a file is not the one that was sealed. Folders of others are not sealed."""
+    noted = optional_json(folder / "kinvec.json").get("checksums")
+    if not isinstance(noted, dict):
+        return
+    if names := damaged(folder, {name: noted[name] for name in _sealed(folder) if name in noted}):
+        raise KinvecError(
+            f"{folder / names[0]}: damaged (its checksum is not the one in kinvec.json); make the model again or restore "
+            "the file, and if you have replaced it yourself, take 'checksums' out of kinvec.json"
+        )
+
+
+def _sealed(folder: Path) -> list[str]:
+    found = [*folder.rglob("*.safetensors"), *folder.rglob("tokenizer.json")]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def describe(embedder: Any) -> dict[str, Any]:
@@ -212,6 +236,7 @@ def save_adapter(embedder: Any, folder: Path, base: str) -> None:
         beside = {"base": base, "pooling": embedder.pooling, "include_prompt": embedder.include_prompt}
         beside["normalize"] = any(isinstance(module, Normalize) for module in embedder.head)
         write_json(folder / "kinvec.json", describe(embedder) | beside)
+        seal(folder)
 
 
 def _pooling_config(embedder: Any) -> dict[str, Any]:

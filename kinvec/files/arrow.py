@@ -1,6 +1,7 @@
 """Rows kept as an Arrow file in the cache and memory-mapped: however large the data, Python holds one batch of it.
 
-A cached table is `NAME.arrow` and, written after it, `NAME.json` (row count, bytes, notes): a pair, or nothing.
+A cached table is `NAME.arrow` and, written after it, `NAME.json` (row count, checksum, notes): a pair, or nothing. One
+that is damaged is made again.
 The name is a fingerprint of the content read, of how it was read and of the reader's version.
 """
 
@@ -20,6 +21,7 @@ from typing import Any, overload
 
 import pyarrow as pa
 
+from kinvec.console import say
 from kinvec.contracts import KinvecError
 from kinvec.files.problems import Notes
 from kinvec.files.writing import beside_path, content_fingerprint, write_json
@@ -27,6 +29,7 @@ from kinvec.files.writing import beside_path, content_fingerprint, write_json
 READER_VERSION = 3  # raise it whenever the same file would be read into other rows
 BATCH_ROWS, BATCH_CHARACTERS = 4096, 8 << 20  # a record batch is closed at whichever comes first
 KEPT_DAYS = 30  # since a table was last read
+DAY = 86_400  # seconds
 FULL = "the disk is full"
 UNWRITABLE = {
     errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL,
@@ -142,7 +145,7 @@ def cached_table(
         own = Notes(notes.strict)
         with _or_nothing(path, manifest):
             rows = _write(path, schema, produce(own))
-            write_json(manifest, {"rows": rows, "bytes": path.stat().st_size, **own.to_json(root)})
+            write_json(manifest, {"rows": rows, "checksum": content_fingerprint(path), **own.to_json(root)})
         _forget_old()
     else:
         own = Notes.from_json(found, root)
@@ -153,21 +156,31 @@ def cached_table(
 
 
 def _forget_old() -> None:
-    """Delete the tables that nothing has read for KEPT_DAYS; one that is open stays readable until it is closed."""
-    oldest = time.time() - KEPT_DAYS * 86_400
+    """Delete the tables that nothing has read for KEPT_DAYS, and what a killed process left half-written a day ago.
+
+    A table that is open stays readable until it is closed.
+    """
+    now = time.time()
     for manifest in cache_folder().glob("*.json"):
         with suppress(OSError):  # another process may be doing the same
-            if manifest.stat().st_mtime < oldest:
+            if manifest.stat().st_mtime < now - KEPT_DAYS * DAY:
                 manifest.with_suffix(".arrow").unlink(missing_ok=True)
                 manifest.unlink()
+    for left in cache_folder().glob(".*.tmp"):
+        with suppress(OSError):
+            if left.stat().st_mtime < now - DAY:
+                left.unlink()
 
 
 def _read_manifest(path: Path, manifest: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-        return found if path.stat().st_size == found["bytes"] else None
-    except (OSError, ValueError, KeyError):
-        return None
+        if content_fingerprint(path) == found["checksum"]:
+            return found
+        say(f"{path}: the copy of the data is damaged; made again")
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
 
 
 def _write(path: Path, schema: pa.Schema, rows: Iterable[tuple[Any, ...]]) -> int:

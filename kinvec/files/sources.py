@@ -17,7 +17,7 @@ from kinvec.files.problems import DataError, Notes
 from kinvec.files.records import Record
 from kinvec.files.roles import Layout, layout_of, roles_of
 from kinvec.files.rows import ROWS, Row, parsed_cells, placed_rows
-from kinvec.files.writing import content_fingerprint
+from kinvec.files.writing import content_fingerprint, read_written
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".conllu")
 OTHER_NAMES = {"dev": ("validation", "valid", "val"), "validation": ("dev", "valid", "val")}  # of a split
@@ -151,13 +151,26 @@ def _dataset_plan(dataset: Any, source: str, kind: str | None, columns: Mapping[
 def _files_plan(paths: list[Path], source: str, kind: str | None, columns: Mapping[str, Any] | None) -> Plan:
     names = [str(path) for path in paths]
     layout = layout_of(paths[0], names[0], kind, columns)
-    key = fingerprint_of([content_fingerprint(path) for path in paths], layout.options())
+    key = fingerprint_of([_content(path) for path in paths], layout.options())
     wanted = sorted({part for parts in layout.columns.values() for part in parts})
 
     def reader(path: Path, name: str) -> Callable[[Notes], Iterator[Record]]:
         return lambda notes: records_of(path, name, layout.form, notes, wanted)
 
     return _plan_of_records(layout, key, [(n, reader(p, n)) for p, n in zip(paths, names, strict=True)], source, kind)
+
+
+def _content(path: Path) -> str:
+    """The file's fingerprint. Raises `KinvecError` where it is of mined data and their manifest knows another."""
+    found = content_fingerprint(path)
+    said = read_written(path.with_name("manifest.json"))
+    noted = said.get("checksums") if isinstance(said, dict) and said.get("kind") == "kinvec mined data" else None
+    if isinstance(noted, dict) and noted.get(path.name, found) != found:
+        raise KinvecError(
+            f"{path}: not as kinvec mine wrote it; where it is damaged, the same kinvec mine makes it again, and where "
+            "you have edited it, copy it out of this folder"
+        )
+    return found
 
 
 def _plan_of_records(

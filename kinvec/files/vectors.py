@@ -3,9 +3,10 @@
 Vectors are float32 rows in plain NumPy files, ids one a line in the same order. A side of more than `SHARD_WINDOWS`
 windows is written as shards `doc-00000.npy`, `doc-00001.npy`, … of equal length (the last one shorter).
 
-It is made window by window: each is encoded, written beside and renamed (`doc.0000012.part`), and a shard's parts are
-joined when they are all there. Windows are counted from the start of the source, so a run that was killed repeats at
-most one of them and ends with the same bytes. Until the manifest is there, `progress.json` says whose folder it is.
+It is made window by window: each is encoded, written beside and renamed (`doc.0000012.CHECKSUM.part`), and a shard's
+parts are joined when they are all there. Windows are counted from the start of the source, so a run that was killed
+repeats at most one of them and ends with the same bytes. Until the manifest is there, `progress.json` says whose folder
+it is. Both have checksums of the files: a reader refuses a damaged one, and its maker makes it again.
 
 Shapes: n = texts, d = dimensions.
 """
@@ -23,12 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float32, Shaped
 
 from kinvec.config import differences
 from kinvec.console import say
 from kinvec.contracts import KinvecError, Qrels
-from kinvec.files.writing import beside_path, replace_folder, write_json
+from kinvec.files.writing import (
+    beside_path,
+    content_fingerprint,
+    damaged,
+    replace_folder,
+    sweep,
+    sweep_beside,
+    write_json,
+)
 
 KIND, FORMAT = "kinvec embeddings", 1
 MANIFEST, PROGRESS, QRELS = "manifest.json", "progress.json", "qrels.tsv"
@@ -77,8 +86,8 @@ def listed(
     Gives a folder beside `folder` with the ids and the judgements in it, for `begin` to put into its place within the
     block, and the rows of each side.
     """
+    sweep_beside(folder)
     beside = beside_path(folder.with_name(f"{folder.name}.new"))
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         rows = {side: _write_ids(beside / f"{side}.ids", side, texts) for side, texts in sides.items()}
@@ -116,6 +125,7 @@ def _write_judgements(path: Path, judgements: Iterable[tuple[str, str, int]]) ->
 def begin(folder: Path, beside: Path, rows: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Move what `listed` made to `folder`, in one step; from here on it is ours and can be continued."""
     state = {"kind": KIND, "format": FORMAT, "rows": dict(rows), "settings": dict(settings)}
+    state["checksums"] = {path.name: content_fingerprint(path) for path in sorted(beside.iterdir())}
     write_json(beside / PROGRESS, state)
     replace_folder(beside, folder)
     return state
@@ -137,16 +147,31 @@ def write_side(
     for number, name in enumerate(shard_names(side, rows)):
         parts = []
         for window, batch in enumerate(islice(windows, SHARD_WINDOWS), number * SHARD_WINDOWS):
-            part = folder / f"{side}.{window:07d}.part"
-            new = not (folder / name).exists() and not part.exists()
+            part = _part(folder, f"{side}.{window:07d}")
+            new = not (folder / name).exists() and part is None
             if new:
-                write_array(part, np.ascontiguousarray(encode(batch), dtype=np.float32))
-            parts.append(part)
+                part = _write_part(folder, f"{side}.{window:07d}", encode(batch))
+            parts += [part] if part else []
             advance(len(batch), new)
         if not (folder / name).exists():
             _join(parts, folder / name)
         for part in parts:
             part.unlink(missing_ok=True)
+
+
+def _part(folder: Path, name: str) -> Path | None:
+    """The window of that name if it is there and whole; what is left of a damaged one is removed."""
+    for path in folder.glob(f"{name}.*part"):
+        if path.name == f"{name}.{content_fingerprint(path)}.part":
+            return path
+        path.unlink()
+    return None
+
+
+def _write_part(folder: Path, name: str, vectors: np.ndarray) -> Path:
+    path = folder / f"{name}.part"
+    write_array(path, np.ascontiguousarray(vectors, dtype=np.float32))
+    return path.rename(folder / f"{name}.{content_fingerprint(path)}.part")
 
 
 def finish(folder: Path, state: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,12 +185,40 @@ def finish(folder: Path, state: Mapping[str, Any], about: Mapping[str, Any]) -> 
             raise KinvecError(
                 f"the {side} file had {said['rows']:,} rows and then {found:,}; add --force to start afresh"
             )
+    begun = state.get("checksums", {})
+    if names := damaged(folder, begun):
+        raise KinvecError(f"{folder / names[0]}: damaged since the folder was begun; add --force to start afresh")
     qrels = {"qrels": QRELS} if (folder / QRELS).exists() else {}
     about = {"dimension": dimension, **about}
     manifest = {"kind": KIND, "format": FORMAT, **about, **sides, **qrels, "rows": rows, "settings": state["settings"]}
+    made = [name for said in sides.values() for name in said["files"]]
+    made += [about["ranges"]] if "ranges" in about else []
+    manifest["checksums"] = {**begun, **{name: content_fingerprint(folder / name) for name in made}}
     write_json(folder / MANIFEST, manifest)
     (folder / PROGRESS).unlink(missing_ok=True)
     return manifest
+
+
+def mended(folder: Path, state: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of a folder; of a finished one with damaged files, that of one where these have still to be made.
+
+    None where vectors alone would not mend it: ids are damaged, or the vectors were stored in another form since.
+    """
+    sweep(folder)
+    names = damaged(folder, state.get("checksums", {})) if state["finished"] else []
+    if not names:
+        return state
+    say(f"{folder}: {', '.join(names)}: damaged or gone; made again")
+    shards = {name for side, n in state["rows"].items() for name in shard_names(side, n)}
+    if not shards.issuperset(names) or "ranges" in state:
+        return None
+    for name in names:  # before the manifest, which would know of them if this were killed
+        (folder / name).unlink(missing_ok=True)
+    kept = {name: checksum for name, checksum in state["checksums"].items() if name not in shards}
+    begun = {key: state[key] for key in ("kind", "format", "rows", "settings")} | {"checksums": kept}
+    write_json(folder / PROGRESS, begun)
+    (folder / MANIFEST).unlink()
+    return begun | {"finished": False}
 
 
 Source = Callable[[], Iterator[tuple[str, str]]]
@@ -184,6 +237,7 @@ def kept(
     if state is not None and state["settings"] != dict(settings):
         say(f"{folder}: the vectors there are of another model or other texts; encoding anew")
         state = None
+    state = state and mended(folder, state)
     if state is None:
         with listed(folder, {side: texts() for side, (texts, _) in sides.items()}, ()) as (beside, rows):
             state = begin(folder, beside, rows, settings) | {"finished": False}
@@ -218,16 +272,23 @@ def write_array(path: Path, array: Shaped[np.ndarray, "n d"]) -> None:
 def _join(parts: Sequence[Path], target: Path) -> None:
     """Concatenate arrays into one NumPy file, holding one of them at a time."""
     shapes = [np.load(part, mmap_mode="r").shape for part in parts]
-    whole = (sum(shape[0] for shape in shapes), shapes[0][1])
-    beside = beside_path(target)
+    write_blocks(target, (sum(shape[0] for shape in shapes), shapes[0][1]), map(np.load, parts))
+
+
+def write_blocks(path: Path, shape: tuple[int, int], blocks: Iterable[Float32[np.ndarray, "_ d"]]) -> None:
+    """Write a plain NumPy file [n, d] block by block, beside and renamed.
+
+    (Not through a memory map: on a full disk that ends the process without a word.)
+    """
+    beside = beside_path(path)
     with open(beside, "wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": whole}
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(np.load(part).data)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype=np.float32).data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, target)
+    os.replace(beside, path)
 
 
 # --- NeMo's layout ----------------------------------------------------------------------------------------------------
@@ -280,20 +341,32 @@ def open_vectors(folder: str | Path, side: str) -> Vectors:
     folder = Path(folder)
     if (folder / PROGRESS).exists() and not (folder / MANIFEST).exists():
         raise KinvecError(f"{folder} is not finished; run the same kinvec embed again, it continues")
+    _refuse_damaged(folder, side)
     folder = _side_folder(folder, side)
     paths = [folder / f"{side}.npy"] if (folder / f"{side}.npy").exists() else sorted(folder.glob(f"{side}-*.npy"))
     if not paths or not (folder / f"{side}.ids").exists():
         raise KinvecError(f"{folder} has no vectors of the {side} side ({side}.npy and {side}.ids); run kinvec embed")
-    try:
-        shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
-    except (ValueError, EOFError) as error:
-        raise KinvecError(f"{folder}: a {side} file is no plain NumPy array ({error}); embed again") from None
+    shards = [_opened(path) for path in paths]
     ids = (folder / f"{side}.ids").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     rows = sum(len(shard) for shard in shards)
     if rows != len(ids) or len(set(ids)) != rows:
         what = f"{len(set(ids)):,} different ones" if rows == len(ids) else f"{len(ids):,}"
         raise KinvecError(f"{folder}: {rows:,} {side} vectors need as many ids, but {side}.ids has {what}; embed again")
     return Vectors(ids, shards)
+
+
+def _refuse_damaged(folder: Path, side: str) -> None:
+    """Raise `KinvecError` where a file of the side, or the judgements, is not what the manifest says."""
+    said = (read_state(folder) or {}).get("checksums", {})
+    if names := damaged(folder, {name: sum for name, sum in said.items() if name == QRELS or name.startswith(side)}):
+        raise KinvecError(f"{folder / names[0]}: damaged or gone; the same kinvec embed makes it again, and only it")
+
+
+def _opened(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise KinvecError(f"{path}: no plain NumPy array, or cut short ({error}); embed again") from None
 
 
 def open_judgements(folder: str | Path) -> Qrels | None:

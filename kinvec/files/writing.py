@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,15 @@ def sweep(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def sweep_beside(path: str | Path) -> None:
+    """Remove what killed processes left beside `path` while they were making or replacing it as a whole."""
+    path = Path(path).absolute()
+    left = re.compile(rf"\.{re.escape(path.name)}(\.new|\.old)*\.\d+\.tmp")
+    for other in path.parent.iterdir() if path.parent.is_dir() else ():
+        if left.fullmatch(other.name):
+            shutil.rmtree(other, ignore_errors=True)
+
+
 def beside_path(path: Path) -> Path:
     """Where a file or folder is built before it is renamed to `path`; one place a process, on the same disk."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -109,6 +119,23 @@ def content_fingerprint(source: str | Path | bytes) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def damaged(folder: str | Path, checksums: Mapping[str, str]) -> list[str]:
+    """The files of a folder that are gone, or whose content is no longer of the fingerprint noted under their name.
+
+    Reads all of them: xxh3 takes a second for some GiB, so the disk sets the pace.
+    """
+    places = {name: Path(folder) / name for name in checksums}
+    return [name for name, path in places.items() if not path.is_file() or content_fingerprint(path) != checksums[name]]
+
+
+def read_written(path: str | Path) -> Any:
+    """The value of a JSON file of ours; None where there is none, or it is damaged, for it to be made again."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def normalise(text: str) -> str:

@@ -24,8 +24,9 @@ from torch import Tensor
 from kinvec.console import say
 from kinvec.contracts import KinvecError
 from kinvec.embedder import Embedder, open_folder
-from kinvec.files import replace_folder, saying_full
+from kinvec.files import replace_folder, saying_full, sweep_beside
 from kinvec.files.writing import beside_path
+from kinvec.folder import seal
 from kinvec.formats import nemo_archive as archives
 from kinvec.formats.nemo_bert import count_layers, to_nemo
 from kinvec.formats.nemo_config import model_config, read_settings, refuse_others
@@ -54,6 +55,7 @@ def write_nemo(source: str, archive: Path, *, mcore: bool, tokenizer: str | None
         content = work / "content"
         embedder.save(content / OURS)
         (content / OURS / "model.safetensors").unlink()
+        seal(content / OURS)
         (content / archives.CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
         theirs = to_nemo(tensors, config.num_hidden_layers, config.num_attention_heads, mcore)
         if mcore:
@@ -98,6 +100,7 @@ def read_nemo(archive: Path, folder: Path, *, tokenizer: str | None, precision: 
             embedder = _opened(plain)
         embedder.save(work / "model")
         (plain / "model.safetensors").replace(work / "model" / "model.safetensors")  # in its own precision
+        seal(work / "model")
         replace_folder(work / "model", folder)
     return {
         "written": str(folder),
@@ -161,6 +164,7 @@ def _workplace(destination: Path, size: int) -> Iterator[Path]:
     work = beside_path(destination.absolute()).with_suffix(".work")  # replace_folder has the name with .tmp
     for left in work.parent.glob(f".{glob.escape(destination.name)}.*.work"):
         shutil.rmtree(left, ignore_errors=True)
+    sweep_beside(destination)
     work.mkdir(parents=True)
     try:
         with saying_full(work, size):

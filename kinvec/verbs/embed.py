@@ -60,21 +60,23 @@ def embed(
     load = partial(
         open_encoder, str(model), precision=precision, device=device, prompts=prompts, api_model=api_model
     )  # fmt: skip
-    state = None if force else vectors.read_state(folder)
-    if state is None:
+    state, encoder = None if force else vectors.read_state(folder), None
+    if state is not None:
+        encoder = load()
+        vectors.refuse_changed(folder, state, _settings(encoder, content))
+        state = vectors.mended(folder, state)
+    if state is None or encoder is None:
         judged = read_judgements(queries) if queries is not None else ()
         texts = {side: read(source) for side, (source, read) in sources.items()}
         with vectors.listed(folder, texts, judged) as (new, rows):
-            encoder = load()
+            encoder = encoder or load()
             _check_dimensions(encoder, dimensions)
             state = vectors.begin(folder, new, rows, _settings(encoder, content))
+    elif state.pop("finished"):
+        say(f"{folder} is finished: the same model, texts and settings; --force makes it again")
+        _lay_out(folder, layout, state, encoder)
+        return state
     else:
-        encoder = load()
-        vectors.refuse_changed(folder, state, _settings(encoder, content))
-        if state.pop("finished"):
-            say(f"{folder} is finished: the same model, texts and settings; --force makes it again")
-            _lay_out(folder, layout, state, encoder)
-            return state
         say(f"continuing {folder}")
     encode: dict[str, Callable[..., Any]] = {"query": encoder.encode_queries, "doc": encoder.encode_documents}
     for side, (source, read) in sources.items():

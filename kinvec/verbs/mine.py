@@ -53,7 +53,7 @@ def mine(
     from kinvec.console import say
     from kinvec.contracts import RecipeError
     from kinvec.encoders import open_encoder
-    from kinvec.files import content_fingerprint, open_retrieval, write_json
+    from kinvec.files import content_fingerprint, open_retrieval, read_written, write_json
     from kinvec.machine import set_threads
     from kinvec.planner import parse_bytes
     from kinvec.reranker import open_reranker, remembering
@@ -69,7 +69,7 @@ def mine(
     begun = _identity(searcher, problem, settings) | {"reranker": judge_is}
     if _claim(folder, begun, force):
         say(f"{folder} is finished: the same model, data and settings; --force makes it again")
-        return json.loads((folder / "audit.json").read_text("utf-8"))
+        return read_written(folder / "audit.json")
     if encoder is None:
         problem, queries, shards = _stored(Path(embeddings or ""), problem, folder / "scaled")
         judged = mining.known(problem)
@@ -82,7 +82,8 @@ def mine(
     _write_rows(folder / "train.jsonl", problem, found, teacher=judge is not None)
     told = {"model": str(model or embeddings), "data": str(data), **audit(problem, found, settings)}
     write_json(folder / "audit.json", told)
-    write_json(folder / MANIFEST, {**begun, "rows": len(found)})
+    checksums = {name: content_fingerprint(folder / name) for name in ("train.jsonl", "audit.json")}
+    write_json(folder / MANIFEST, {**begun, "rows": len(found), "checksums": checksums})
     return told
 
 
@@ -108,19 +109,26 @@ def _identity(searcher: str, problem: RetrievalData, settings: MiningSettings) -
 
 
 def _claim(folder: Path, begun: dict[str, Any], force: bool) -> bool:
-    """Make the folder ours, or go on in it; whether it is finished."""
+    """Make the folder ours, or go on in it; whether it is finished, and nothing in it is damaged."""
     from kinvec.config import differences
+    from kinvec.console import say
     from kinvec.contracts import KinvecError
-    from kinvec.files import sweep, write_json
+    from kinvec.files import damaged, read_written, sweep, write_json
 
     if folder.is_dir() and any(folder.iterdir()) and not (folder / BEGUN).is_file():
         raise KinvecError(f"{folder} holds other things than mined data; name an empty or a new folder")
     if (folder / BEGUN).is_file() and not force:
-        changed = "; ".join(differences(json.loads((folder / BEGUN).read_text("utf-8")), begun))
-        if changed:
+        before = read_written(folder / BEGUN)
+        if not isinstance(before, dict):
+            raise KinvecError(f"{folder / BEGUN}: damaged; add --force to mine again (vectors that are whole are kept)")
+        if changed := "; ".join(differences(before, begun)):
             raise KinvecError(f"{folder} was made with other settings ({changed}); name another folder, or add --force")
         sweep(folder)
-        return (folder / MANIFEST).is_file()
+        finished = read_written(folder / MANIFEST) or {}
+        names = damaged(folder, finished.get("checksums", {}))
+        if names:
+            say(f"{folder}: {', '.join(names)}: damaged or gone; mined again")
+        return bool(finished) and not names
     for name in (MANIFEST, SAID):
         (folder / name).unlink(missing_ok=True)
     write_json(folder / BEGUN, begun)
@@ -194,13 +202,13 @@ def _scaled(shard: np.ndarray, scale: Callable[[np.ndarray], np.ndarray], path: 
     """The shard's rows at their scale, in a file of its own, block by block."""
     import numpy as np
 
+    from kinvec.files import vectors
     from kinvec.tasks.evaluation import ENCODE_ROWS
 
     path.parent.mkdir(exist_ok=True)
-    made = np.lib.format.open_memmap(path, "w+", np.float32, shard.shape)
-    for start in range(0, len(shard), ENCODE_ROWS):
-        made[start : start + ENCODE_ROWS] = scale(shard[start : start + ENCODE_ROWS])
-    return made
+    blocks = (scale(shard[start : start + ENCODE_ROWS]) for start in range(0, len(shard), ENCODE_ROWS))
+    vectors.write_blocks(path, shard.shape, blocks)
+    return np.load(path, mmap_mode="r")
 
 
 def _write_rows(path: Path, problem: RetrievalData, found: list[Any], teacher: bool) -> None:
