@@ -58,7 +58,8 @@ def with_cheaper(
     """As `retrieval`, with `cheaper` of the same vectors, which are held in memory meanwhile."""
     heard = Recording(encoder)
     result = retrieval(data, heard, measures)
-    vectors = (list(data.qrels), heard.queries), (data.corpus.ids, heard.documents)
+    ids = list(data.corpus.ids)  # every search looks up its results' ids, which are slow to find in Arrow
+    vectors = (list(data.qrels), heard.queries), (ids, heard.documents)
     similarity = getattr(encoder, "similarity", "cosine")
     dimensions = dimensions or trained_dimensions(encoder)
     result.cheaper = cheaper(data.qrels, *vectors, measures, similarity=similarity, dimensions=dimensions)
