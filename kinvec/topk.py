@@ -16,8 +16,11 @@ for each query, c = candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +32,7 @@ from kinvec.machine import forget, multiplies_bf16
 
 DOCUMENT_ROWS = 16_384  # b; a block of scores is at most QUERY_ROWS × DOCUMENT_ROWS, 16 MiB in bf16
 QUERY_ROWS = 512
+SIDE_BY_SIDE = 4  # groups of queries looked at at a time, at most: each holds a block of scores
 PAIR_ROWS = 16_384  # query-document pairs scored in float64 at a time
 CROWD, FEW = 4, 64  # a group holds so many times k candidates a query, FEW at the least, before they are thinned
 CANDIDATE_BYTES, BEST_BYTES = 20, 12  # two rows and a score; a row and a score
@@ -148,20 +152,48 @@ def _search(
     tie_rank: Int64[np.ndarray, " n"], advance: Callable[[int], None],
 ) -> None:  # fmt: skip
     """The shard's documents, which are those from row `start` on, compete in `best`; `parts` are the groups' rows."""
-    k = best[0].shape[1]
-    for first in range(0, len(shard), DOCUMENT_ROWS):
-        block = _checked(shard[first : first + DOCUMENT_ROWS], groups[0].vectors.shape[1], "document", start + first)
-        reduced, lengths, lost = _reduced(block, groups[0].reduced.dtype == torch.bfloat16)
-        for rows, group in zip(parts, groups, strict=True):
-            error = _bound(group, float(lengths.max(initial=0)), float(lost.max(initial=0)), block.shape[1])
-            group.error = np.maximum(group.error, error)
-            _add(group, torch.mm(group.reduced, reduced.T), error, first, k)
-            if _held(group) > _crowd(group, k):  # documents that products cannot tell apart
-                _decide(group, rows, best, shard, start, tie_rank)
-        forget(shard)
-        advance(len(block))
-    for rows, group in zip(parts, groups, strict=True):
-        _decide(group, rows, best, shard, start, tie_rank)
+    k, d = best[0].shape[1], groups[0].vectors.shape[1]
+
+    def look(rows: slice, group: _Group, reduced: Tensor, longest: float, most_lost: float, first: int) -> None:
+        error = _bound(group, longest, most_lost, d)
+        group.error = np.maximum(group.error, error)
+        _add(group, torch.mm(group.reduced, reduced.T), error, first, k)
+        if _held(group) > _crowd(group, k):  # documents that products cannot tell apart
+            _decide(group, rows, best, shard, start, tie_rank)
+
+    with _side_by_side(parts, groups) as each:
+        for first in range(0, len(shard), DOCUMENT_ROWS):
+            block = _checked(shard[first : first + DOCUMENT_ROWS], d, "document", start + first)
+            reduced, lengths, lost = _reduced(block, groups[0].reduced.dtype == torch.bfloat16)
+            each(look, reduced, float(lengths.max(initial=0)), float(lost.max(initial=0)), first)
+            forget(shard)
+            advance(len(block))
+        each(lambda rows, group: _decide(group, rows, best, shard, start, tie_rank))
+
+
+@contextmanager
+def _side_by_side(parts: Sequence[slice], groups: Sequence[_Group]) -> Iterator[Callable[..., None]]:
+    """`each(work, …)` calls work(rows, group, …) for every group, several groups at a time, each on a few threads.
+
+    So the threads that look at candidates, one a group, do not wait for each other as those of one product do.
+    """
+    threads = torch.get_num_threads()
+    workers = max(1, min(SIDE_BY_SIDE, threads, len(groups)))
+
+    def run(number: int, work: Callable[..., None], given: tuple[Any, ...]) -> None:
+        torch.set_num_threads(threads // workers)  # of this thread's products
+        for rows, group in zip(parts[number::workers], groups[number::workers], strict=True):
+            work(rows, group, *given)
+
+    def each(work: Callable[..., None], *given: Any) -> None:
+        for done in [pool.submit(run, number, work, given) for number in range(workers)]:
+            done.result()
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield each
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _held(group: _Group) -> int:
