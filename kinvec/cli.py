@@ -37,6 +37,7 @@ Exit codes: 0 done, 1 the data, the model or the machine is wrong, 2 the argumen
 INTERRUPTED = 130
 RESUMING = ("demo", "train", "mine", "embed")  # verbs whose work is kept as it is done
 
+IN_STEP = ("train",)  # of several processes all do the whole of it; in other verbs they help the first
 
 def overview() -> str:
     """What `kinvec --help` prints."""
@@ -72,11 +73,21 @@ def run_verb(argv: list[str]) -> int:
         print(f"error: there is no verb '{verb}'; {hint}", file=sys.stderr)
         return 2
     try:
-        load_verb(verb)(args=argv[1:], prog_name=f"kinvec {verb}", standalone_mode=True)
+        load_verb(verb)(args=arguments, prog_name=f"kinvec {verb}", standalone_mode=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and verb not in IN_STEP:
+        from kinvec import distributed
+
+        distributed.start()
+        return distributed.led(lambda: call_verb(verb, argv[1:]))
+    return call_verb(verb, argv[1:])
+
+
+def call_verb(verb: str, arguments: list[str]) -> int:
+    """Run a verb; its exit code. Raises what it raises, and `KeyboardInterrupt` for Ctrl-C."""
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # typer's word for Ctrl-C
             raise KeyboardInterrupt from None
-        raise
+        return int(ended.code or 0)
     return 0
 
 

@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -164,7 +163,7 @@ class Embedder(nn.Module):
     def _encode_tokens(self, tokens: Tokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         parts = list(packs(tokens, ENCODE_TOKENS))
         held = self.loaded or (HELD if _holds(self) else None)
-        helped = partial(_vectors_of, held) if held is not None else None
+        helped = partial(_vectors_of, held, torch.get_num_threads()) if held is not None else None
         for texts, vectors in zip(parts, distributed.shared(self._vectors, parts, helped), strict=True):
             yield np.array(texts.rows), vectors
 
@@ -216,8 +215,9 @@ def _holds(embedder: Embedder) -> bool:
     return isinstance(distributed.model, Embedder) and embedder.backbone is distributed.model.backbone
 
 
-def _vectors_of(loaded: Loaded, texts: Pack) -> Float32[np.ndarray, "m d"]:
-    """A pack's vectors for another process, as it would have computed them itself."""
+def _vectors_of(loaded: Loaded, threads: int, texts: Pack) -> Float32[np.ndarray, "m d"]:
+    """A pack's vectors for another process, as it would have computed them itself: threads change last bits."""
+    set_threads(threads)
     embedder: Embedder = distributed.model if loaded == HELD else _opened(loaded)
     training = embedder.training
     with torch.inference_mode(), embedder.eval()._autocast():
@@ -227,8 +227,7 @@ def _vectors_of(loaded: Loaded, texts: Pack) -> Float32[np.ndarray, "m d"]:
 
 
 def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Embedder:
-    """The embedder of a folder in float32, on the CPU, unfused: the state from which training starts."""
-    from transformers import AutoTokenizer
+    """The embedder of a folder in float32, on the CPU, unfused: the state from which training starts.
 
     keep_pages()
     folder = fetch(str(name_or_folder))
@@ -239,6 +238,8 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
     inner = folder / (modules[0].get("path") or "") if modules else folder
     try:
         with quiet():
+    Raises `KinvecError` for what is no model, is damaged, or asks for what a folder may not (`vetting`).
+    """
             tokenizer = AutoTokenizer.from_pretrained(inner, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise KinvecError(f"{inner}: cannot open the tokenizer: {str(error).splitlines()[0]}") from None
@@ -249,7 +250,7 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
         append_end(tokenizer)  # some tokenizers of transformers ignore what the folder says
     model = load_backbone(inner)
     backbone = Backbone(model, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
-    settings = read_settings(folder, inner, modules, model, tokenizer) | {"name": str(name_or_folder)}
+    settings = read_settings(folder, inner, modules, model, tokenizer) | {"name": name}
     if (switched := getattr(model.config, "is_causal", None)) is not None:  # some layers read only their own flag
         backbone.set_attention("causal" if switched else "bidirectional")
     if max_length is not None:
@@ -271,10 +272,11 @@ def state_fingerprint(module: nn.Module, said: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
-def with_prompts(embedder: Embedder, prompts: Mapping[str, str]) -> Embedder:
+def with_prompts(encoder: E, prompts: Mapping[str, str]) -> E:
     """The same model with some prompts changed; the weights are shared."""
-    changed = copy(embedder)
-    changed.prompts = embedder.prompts | dict(prompts)
+    changed = object.__new__(type(encoder))  # copy() cannot make one whose weights are spread
+    changed.__dict__.update(encoder.__dict__)
+    changed.prompts = encoder.prompts | dict(prompts)  # type: ignore[attr-defined]
     return changed
 
 
@@ -288,7 +290,9 @@ def _open_adapter(folder: Path, max_length: int | None) -> Embedder:
     base = ours.get("base") or config.get("base_model_name_or_path")
     if not base:
         raise KinvecError(f"{folder / 'adapter_config.json'}: names no base model (base_model_name_or_path)")
-    embedder = open_folder(base, max_length)
+    if (inner := fetch(str(base)) / "adapter_config.json").is_file() and not _has_modules(inner.parent):
+        raise KinvecError(f"{folder}: its base model {base} is an adapter again; merge that one first")
+    embedder = open_folder(str(base), max_length)
     load_lora(embedder.backbone, folder)
     merge_lora(embedder.backbone)
     if ours:

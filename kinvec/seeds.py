@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kinvec import tasks
+from kinvec import distributed, tasks
 from kinvec.console import say
 from kinvec.contracts import KinvecError
 from kinvec.files import write_json
@@ -33,12 +34,17 @@ def run_seeds(chains: Sequence[Chain], out: Path, run: RunChain) -> dict[str, An
     `least` and `most`, and `low_seeds` and `high_seeds`, the interval over queries and seeds. Raises `KinvecError`
     where `out` holds other things, or the seeds would be judged by different data.
     """
-    _claim(out, chains)
-    _check_same_test(chains)
+    distributed.start()
+    distributed.led(partial(_claim, out, chains))
+    distributed.led(partial(_check_same_test, chains))
     done: list[dict[str, Any]] = []
     for number, chain in enumerate(chains, 1):
         say(f"seed {chain[0].seed}, {number} of {len(chains)}: {chain[-1].out}")
         done.append(run(chain, Path(chains[0][0].out) if number > 1 else None))
+    return distributed.led(partial(_summarise, out, chains, done))
+
+
+def _summarise(out: Path, chains: Sequence[Chain], done: list[dict[str, Any]]) -> dict[str, Any]:
     summary = {"out": str(out), "seeds": [chain[0].seed for chain in chains], "runs": done, "results": _results(out)}
     write_json(out / SUMMARY, summary)
     return summary

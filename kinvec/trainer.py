@@ -82,9 +82,9 @@ class TrainerSettings(Settings):
     """Memory for activations, such as 6GiB; auto is half of what is free. Only speed depends on it."""
     chunk_tokens: int = Field(CHUNK_TOKENS, ge=1)
     """Tokens that go through the model at once."""
-    shard: Literal["no", "all", "machine"] = "no"
-    """Of several processes: each holds the whole model, or a part of it (FSDP2), spread over all processes or over
-    those of each machine (HSDP)."""
+    shard: Literal["all", "machine"] | None = None
+    """Of several processes: spread the model over all of them (FSDP2), or over those of each machine (HSDP); unset,
+    each holds the whole of it."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of the model's layers and run each layer again for its gradients: less memory, slower."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []

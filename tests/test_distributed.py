@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_trainer import source_of
+from test_trainer import log_of, source_of
 from tiny_models import WORDS
 
 from kinvec import distributed
@@ -133,3 +133,157 @@ def test_texts_are_dealt_once_and_evenly(lengths: list[int], budget: int, world:
     if world > 1 and len(lengths) > 10 * world:
         sizes = [sum(lengths[row] for group in own for row in group) for own in dealt]
         assert max(sizes) - min(sizes) <= 2 * max(lengths) * len(dealt[0])
+
+
+# ---- whole runs ----
+
+STEPS, SAVED = 12, 3
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_folder: Path, tiny_pairs: Path) -> list[str]:
+    """A short training with a dev set; dropout is on, so that a wrong random state would show."""
+    return [
+        "train", f"model={tiny_folder}", f"data.train={tiny_pairs}", "trainer.batch_size=8",
+        f"trainer.max_steps={STEPS}", f"trainer.save_every={SAVED}", "trainer.eval_every=6", "trainer.lr=1e-3",
+        "seed=1", "threads=1", "precision=fp32",
+    ]  # fmt: skip
+
+
+def finished(started: list[Any]) -> None:
+    codes = [one.wait() for one in started]
+    assert codes == [0] * len(started), [one.said for one in started]
+
+
+def model_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda said, n=name: f"{n}: {said}")
+
+
+@pytest.mark.parametrize("shard", ["null", "all"])
+def test_two_processes_train_what_one_trains(tmp_path: Path, recipe: list[str], shard: str) -> None:
+    """Without dropout, whose masks each process draws for itself: losses, dev metrics and weights."""
+    alike = [*recipe, "trainer.dropout=0"]
+    finished(ranks.command(1, [*alike, f"out={tmp_path / 'one'}"], tmp_path / "said"))
+    finished(ranks.command(2, [*alike, f"out={tmp_path / 'two'}", f"trainer.shard={shard}"], tmp_path / "said"))
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert [row["step"] for row in two] == list(range(1, STEPS + 1))
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-4) and a["tokens"] == b["tokens"], a["step"]
+    assert one[-1]["dev"]["nDCG@10"] == pytest.approx(two[-1]["dev"]["nDCG@10"], abs=0.02)
+    assert_close(model_of(tmp_path / "one"), model_of(tmp_path / "two"), 2e-4)
+
+
+@pytest.mark.parametrize("shard", ["null", "all"])
+def test_a_process_killed_stops_all_and_the_same_command_goes_on(tmp_path: Path, recipe: list[str], shard: str) -> None:
+    """To the bit with as many processes, closely with another number of them."""
+    recipe = [*recipe, f"trainer.shard={shard}"]
+    finished(ranks.command(2, [*recipe, f"out={tmp_path / 'whole'}"], tmp_path / "said"))
+    broken = tmp_path / "broken"
+    started = ranks.command(2, [*recipe, f"out={broken}"], tmp_path / "said")
+    assert started[0].wait_for(broken / "log.jsonl", SAVED + 2), started[0].said
+    started[1].kill()
+    assert started[0].wait() != 0, "it waits for ever for the one that is gone"
+    kept = sorted(path.name for path in (broken / "checkpoints").iterdir() if path.name.startswith("step-"))
+    assert kept, started[0].said
+    finished(ranks.command(2, [*recipe, f"out={broken}"], tmp_path / "said"))
+    whole, again = model_of(tmp_path / "whole"), model_of(broken)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [row["step"] for row in log_of(broken)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(("before", "after", "shard"), [(2, 1, "all"), (1, 2, "null"), (2, 3, "all")])
+def test_a_checkpoint_is_resumed_by_another_number_of_processes(
+    tmp_path: Path, recipe: list[str], before: int, after: int, shard: str
+) -> None:
+    recipe = [*recipe, f"trainer.shard={shard}", "trainer.dropout=0"]
+    run = tmp_path / "run"
+    started = ranks.command(before, [*recipe, f"out={run}"], tmp_path / "said")
+    assert started[0].wait_for(run / "log.jsonl", SAVED + 2), started[0].said
+    for one in started:
+        one.kill()
+    finished(ranks.command(after, [*recipe, f"out={run}"], tmp_path / "said"))
+    finished(ranks.command(1, [*recipe, f"out={tmp_path / 'one'}"], tmp_path / "said"))
+    assert_close(model_of(tmp_path / "one"), model_of(run), 2e-4)
+
+
+# ---- led by the first ----
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """All files but those that tell when and how fast."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in (".npy", ".ids", ".jsonl", ".tsv")
+    }  # fmt: skip
+
+
+def test_vectors_and_negatives_of_three_processes_are_those_of_one(
+    tmp_path: Path, tiny_folder: Path, tiny_pairs: Path
+) -> None:
+    """Same ids in the same order, same ranking, same bytes, at equal threads."""
+    where: dict[int, Path] = {}
+    for world in (1, 3):
+        where[world] = tmp_path / str(world)
+        where[world].mkdir()
+        model = ["--model", str(tiny_folder), "--threads", "1", "--precision", "fp32"]
+        finished(ranks.command(
+            world, ["embed", *model, "--queries", str(tiny_pairs), "--docs", str(tiny_pairs), "--out",
+                    str(where[world] / "vectors")], tmp_path / "said",
+        ))  # fmt: skip
+        finished(ranks.command(
+            world, ["mine", *model, "--data", str(tiny_pairs), "--out", str(where[world] / "mined")],
+            tmp_path / "said",
+        ))  # fmt: skip
+    one, three = bytes_of(where[1]), bytes_of(where[3])
+    assert one.keys() == three.keys() and len(one) > 6
+    assert [name for name in one if one[name] != three[name]] == []
+
+
+def share_out(out: Path) -> None:
+    """What rank 0 gets of work that is shared out, and what the others get of what it made."""
+    import os
+
+    from kinvec import distributed
+
+    def lead() -> list[Any]:
+        done = list(distributed.shared(lambda part: (part, os.getpid()), list(range(7)), whose))
+        return [[part for part, _ in done], len({process for _, process in done})]
+
+    found = distributed.led(lead)
+    (out / f"{distributed.rank()}.json").write_text(json.dumps(found))
+
+
+def whose(part: int) -> tuple[int, int]:
+    import os
+
+    return part, os.getpid()
+
+
+def test_work_that_is_shared_out_is_done_by_all_and_comes_back_in_order(tmp_path: Path) -> None:
+    ranks.run(3, share_out, tmp_path, output=tmp_path / "said")
+    for rank in range(3):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [list(range(7)), 3]
+
+
+def fail_on_the_first() -> None:
+    from kinvec import distributed
+
+    def lead() -> None:
+        raise KinvecError("the file is not there")
+
+    try:
+        distributed.led(lead)
+    except KinvecError:
+        assert distributed.rank() == 0
+    except SystemExit as ended:
+        assert distributed.rank() == 1 and ended.code == 1
+
+
+def test_where_the_first_fails_the_others_end(tmp_path: Path) -> None:
+    ranks.run(2, fail_on_the_first, output=tmp_path / "said")
