@@ -149,6 +149,11 @@ def led(work: Callable[[], Made], held: Any = None) -> Made:
         leading, model = False, before
 
 
+def helpers(parts: int) -> int:
+    """How many processes do work that is led and falls into so many parts, this one counted."""
+    return min(world(), max(parts, 1)) if leading else 1
+
+
 def shared(
     compute: Callable[[Given], Made], parts: Sequence[Given], helped: Callable[[Given], Made] | None
 ) -> Iterator[Made]:

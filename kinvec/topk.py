@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from kinvec import distributed
 from kinvec.contracts import KinvecError
 from kinvec.machine import forget, multiplies_bf16
 
@@ -53,27 +55,62 @@ def top_k(
 
     `documents` are the shards [s, d] of one matrix in the order of `ids`: `[matrix]`, memory-mapped files, or a
     generator that encodes as it goes; of a shard only one block of `DOCUMENT_ROWS` rows and its scores are held at a
-    time, and its candidates. `advance` is told the rows of every block. Returns the scores and the rows' indices, both
-    [q, min(k, n)]; minus infinity and −1 where fewer are below the ceiling.
+    time, and its candidates. `advance` is told the rows of every block. Of several processes each does a share of the
+    queries where the shards are files. Returns the scores and the rows' indices, both [q, min(k, n)]; minus infinity
+    and −1 where fewer are below the ceiling.
 
     Raises `KinvecError` where a vector holds NaN or infinity, dimensions differ, or there are more rows or more ids.
     """
     tie_rank = rank_ids(ids)
     queries = _checked(queries, queries.shape[1], "query", 0)
     highest = np.full(len(queries), np.inf, np.float32) if ceilings is None else ceilings
-    best = empty_best(len(queries), min(k, len(ids)))
-    parts = [slice(q, q + QUERY_ROWS) for q in range(0, len(queries), QUERY_ROWS)]
-    groups = [_group(queries[rows], highest[rows], ceilings is None) for rows in parts]
+    rough, files = ceilings is None, _files(documents)
+    count = distributed.helpers(len(queries)) if files else 1
+    parts = list(zip(np.array_split(queries, count), np.array_split(highest, count), strict=True))
+    found = distributed.shared(
+        lambda part: _best(part, documents, tie_rank, k, rough, advance),
+        parts,
+        partial(_best_of_files, files=files, tie_rank=tie_rank, k=k, rough=rough) if files else None,
+    )
+    scores, rows = zip(*found, strict=True)
+    return np.concatenate(scores), np.concatenate(rows)
+
+
+Part = tuple[Float32[np.ndarray, "p d"], Float32[np.ndarray, " p"]]
+"""Some of the queries, and their ceilings."""
+
+
+def _best(
+    part: Part, documents: Iterable[np.ndarray], tie_rank: Int64[np.ndarray, " n"], k: int, rough: bool,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Best:  # fmt: skip
+    (queries, highest), n = part, len(tie_rank)
+    best = empty_best(len(queries), min(k, n))
+    rows_of = [slice(q, q + QUERY_ROWS) for q in range(0, len(queries), QUERY_ROWS)]
+    groups = [_group(queries[rows], highest[rows], rough) for rows in rows_of]
     start = 0
     for shard in documents:
-        if start + len(shard) > len(ids):
-            raise KinvecError(f"there are more document vectors than the {len(ids):,} document ids; write them again")
-        if best[0].shape[1]:
-            _search(groups, parts, best, shard, start, tie_rank, advance)
+        if start + len(shard) > n:
+            raise KinvecError(f"there are more document vectors than the {n:,} document ids; write them again")
+        if best[0].size:
+            _search(groups, rows_of, best, shard, start, tie_rank, advance)
         start += len(shard)
-    if start != len(ids):
-        raise KinvecError(f"there are {start:,} document vectors but {len(ids):,} document ids; write them again")
+    if start != n:
+        raise KinvecError(f"there are {start:,} document vectors but {n:,} document ids; write them again")
     return best
+
+
+def _files(documents: Iterable[np.ndarray]) -> list[str]:
+    """The files of memory-mapped shards, for other processes to open; none where a shard is no whole file."""
+    if not isinstance(documents, list) or not all(isinstance(shard, np.memmap) for shard in documents):
+        return []
+    names = [str(shard.filename) for shard in documents]
+    whole = [np.load(name, mmap_mode="r").shape for name in names]
+    return names if whole == [shard.shape for shard in documents] else []
+
+
+def _best_of_files(part: Part, files: Sequence[str], **given: Any) -> Best:
+    return _best(part, [np.load(name, mmap_mode="r") for name in files], **given)
 
 
 def rank_ids(ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
