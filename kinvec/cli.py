@@ -72,22 +72,29 @@ def run_verb(argv: list[str]) -> int:
         hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(VERBS)}."
         print(f"error: there is no verb '{verb}'; {hint}", file=sys.stderr)
         return 2
-    try:
-        load_verb(verb)(args=arguments, prog_name=f"kinvec {verb}", standalone_mode=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and verb not in IN_STEP:
         from kinvec import distributed
 
         distributed.start()
-        return distributed.led(lambda: call_verb(verb, argv[1:]))
-    return call_verb(verb, argv[1:])
+        raise SystemExit(distributed.led(lambda: _exit_code(verb, argv[1:])))
+    _call(verb, argv[1:])
+    return 0
 
 
-def call_verb(verb: str, arguments: list[str]) -> int:
-    """Run a verb; its exit code. Raises what it raises, and `KeyboardInterrupt` for Ctrl-C."""
+def _call(verb: str, arguments: list[str]) -> None:
+    try:
+        load_verb(verb)(args=arguments, prog_name=f"kinvec {verb}", standalone_mode=True)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # typer's word for Ctrl-C
             raise KeyboardInterrupt from None
-        return int(ended.code or 0)
+        raise
+
+
+def _exit_code(verb: str, arguments: list[str]) -> Any:
+    try:
+        _call(verb, arguments)
+    except SystemExit as ended:
+        return ended.code
     return 0
 
 
