@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {  # name → the module that holds it; imported when first asked for, so that `import kinvec` is instant
     "Embedder": "kinvec.embedder",
+    "plan": "kinvec.verbs.plan",
     "train": "kinvec.verbs.train",
     "evaluate": "kinvec.verbs.evaluate",
     "compare": "kinvec.verbs.compare",

@@ -18,6 +18,7 @@ VERBS = {
     "check": "Examine training data: what is wrong with it, where, and the remedy.",
     "prepare": "Cut raw text into training texts.",
     "mine": "Find hard negatives for your queries, and say how far they can be trusted.",
+    "plan": "Say what a training will take on this machine: memory, time, chunks.",
     "train": "Train an embedding model on your data, and prove that it got better.",
     "evaluate": "Measure a model on retrieval or similarity data, query by query.",
     "compare": "Compare results and runs: differences, intervals, p-values, wins and losses.",

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +45,9 @@ from kinvec.pooling import POOLINGS, Dense, Normalize, pool
 
 WINDOW = 8192  # texts sorted by length at a time: enough to fill packs with equal lengths, little enough to hold
 ENCODE_TOKENS = 8192  # tokens a pack when encoding: past the point where larger products are faster on CPUs
+
+
+E = TypeVar("E")  # an encoder with prompts
 
 
 class Embedder(nn.Module):
@@ -229,6 +232,10 @@ def _vectors_of(loaded: Loaded, threads: int, texts: Pack) -> Float32[np.ndarray
 def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Embedder:
     """The embedder of a folder in float32, on the CPU, unfused: the state from which training starts.
 
+    Raises `KinvecError` for what is no model or is damaged.
+    """
+    from transformers import AutoTokenizer
+
     keep_pages()
     folder = fetch(str(name_or_folder))
     refuse_damaged(folder)
@@ -238,8 +245,6 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
     inner = folder / (modules[0].get("path") or "") if modules else folder
     try:
         with quiet():
-    Raises `KinvecError` for what is no model, is damaged, or asks for what a folder may not (`vetting`).
-    """
             tokenizer = AutoTokenizer.from_pretrained(inner, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise KinvecError(f"{inner}: cannot open the tokenizer: {str(error).splitlines()[0]}") from None

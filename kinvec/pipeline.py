@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -23,10 +23,11 @@ from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precis
 from kinvec.card import write_card
 from kinvec.config import differences, dump, merged
 from kinvec.console import say
-from kinvec.contracts import KinvecError, RecipeError, RetrievalData
+from kinvec.contracts import Encoder, KinvecError, Problem, RecipeError, Result, RetrievalData
 from kinvec.embedder import Embedder, add_language_head, configure, open_folder, unrounded, with_prompts
 from kinvec.files import content_fingerprint, replace_folder, sweep, write_json, write_text
 from kinvec.folder import save_adapter
+from kinvec.forecast import evaluation, in_words, training, whole
 from kinvec.kinds import KINDS
 from kinvec.machine import set_threads
 from kinvec.merging import check_metrics, keep_guards
@@ -50,12 +51,38 @@ def run(recipe: Recipe, force: bool = False, base: Path | None = None) -> dict[s
     distributed.start()
     set_threads(recipe.threads)
     data = distributed.in_turn(partial(open_run_data, recipe))
+    if distributed.world() == 1 and (force or not _has_begun(recipe)):
+        for line in in_words(_planned(recipe, data)):
+            say(line)
     embedder = open_model(recipe)
     begun = distributed.led(partial(_begin, recipe, data, embedder, force, base), embedder)
     if begun.finished is not None:
         return begun.finished
     trained = _train(recipe, begun, embedder, data)
     return distributed.led(partial(_conclude, recipe, begun.folder, embedder, data, trained), embedder)
+
+
+def plan_run(recipe: Recipe) -> dict[str, Any]:
+    """What the run would take on this machine, measured (see `kinvec.forecast`). Raises as `run`; writes nothing."""
+    set_threads(recipe.threads)
+    return _planned(recipe, open_run_data(recipe))
+
+
+def _planned(recipe: Recipe, data: RunData) -> dict[str, Any]:
+    """The model is opened for it alone: measuring leaves adapters and gradients behind."""
+    embedder, evaluated = open_model(recipe), dict[str, float]()
+    if recipe.evaluate:
+        evaluated["base"] = evaluated["tuned"] = evaluation(embedder, partial(_measure_all, data))
+    if any(one.dev is not None for one in data.sets):
+        evaluated["dev"] = evaluation(embedder, partial(develop, data, recipe.trainer.batch_size))
+    with torch.random.fork_rng():
+        _adapt(recipe, data, embedder)
+        trained = training(embedder, mixture(recipe, prepared(data, embedder), embedder.prompts), recipe.trainer)
+    return whole(embedder, trained, evaluated)
+
+
+def _has_begun(recipe: Recipe) -> bool:
+    return Path(recipe.out).is_dir() and any(Path(recipe.out).iterdir())
 
 
 @dataclass(frozen=True)
@@ -264,34 +291,40 @@ def _take_over(results: Path, folder: Path) -> None:
 
 def evaluate_into(folder: Path, embedder: Embedder, data: RunData) -> None:
     """Evaluate on all that the run names, but for results that are there; where it is quick, cheaper vectors too."""
-    dimensions = sorted({m for one in data.sets for m in one.settings.objective.dimensions})
     for name, problem, measures, prompts in measured(data):
         place = folder / name
         if (place / "results.json").is_file():
             continue
         sizes = ", ".join(f"{count:,} {what}" for what, count in KINDS["texts"].sizes(problem).items())
         say(f"evaluating {folder.name} on {name}: {sizes}")
-        prompted = with_prompts(embedder, prompts)
-        if tasks.small_enough(problem, measures):
-            result = tasks.with_cheaper(problem, prompted, measures, dimensions)
-        else:
-            result = tasks.measure(problem, prompted, measures)
-        tasks.save_result(result, place)
+        tasks.save_result(_measure(data, problem, with_prompts(embedder, prompts), measures), place)
 
 
-def _develop(one: OpenSet, embedder: Embedder, batch_size: int) -> dict[str, float]:
+def _measure(data: RunData, problem: Problem, encoder: Any, measures: Sequence[str]) -> Result:
+    if tasks.small_enough(problem, measures):
+        dimensions = sorted({m for one in data.sets for m in one.settings.objective.dimensions})
+        return tasks.with_cheaper(problem, encoder, measures, dimensions)
+    return tasks.measure(problem, encoder, measures)
+
+
+def _measure_all(data: RunData, encoder: Any) -> None:
+    for _, problem, measures, prompts in measured(data):
+        _measure(data, problem, with_prompts(encoder, prompts), measures)
+
+
+def _develop(one: OpenSet, encoder: Encoder, batch_size: int) -> dict[str, float]:
     """Dev metrics of one data set; of a search problem also its loss and its cosines, from the same vectors."""
     if not isinstance(one.dev, RetrievalData):
-        return one.kind.develop(one.dev, embedder)
-    heard = Listener(embedder, one.dev)
+        return one.kind.develop(one.dev, encoder)
+    heard = Listener(encoder, one.dev)
     found = one.kind.develop(one.dev, heard)
     return found | validation(one.dev, heard, one.objective, batch_size, one.settings.negatives_per_query)
 
 
-def develop(data: RunData, batch_size: int, embedder: Embedder) -> dict[str, float]:
+def develop(data: RunData, batch_size: int, encoder: Encoder) -> dict[str, float]:
     """Dev metrics, the first of which chooses the checkpoint: of several data sets, the mean of their main metrics."""
     found = {
-        one.name: _develop(one, with_prompts(embedder, one.settings.prompts), batch_size)
+        one.name: _develop(one, with_prompts(encoder, one.settings.prompts), batch_size)
         for one in data.sets if one.dev is not None
     }  # fmt: skip
     if len(data.sets) == 1:
@@ -308,12 +341,7 @@ def _train(recipe: Recipe, begun: _Begun, embedder: Embedder, data: RunData) -> 
         embedder.load_state_dict(tuned.state_dict())
         embedder.lineage = tuned.lineage
         return begun.trained
-    torch.manual_seed(recipe.seed)  # adapters draw their start from it
-    if any(one.objective.ask for one in data.sets):
-        add_language_head(embedder).requires_grad_(not recipe.lora.rank)
-    if recipe.lora.rank:
-        with unrounded(embedder):
-            add_lora(embedder.backbone, recipe.lora)
+    _adapt(recipe, data, embedder)
     evaluate = (
         partial(develop, data, recipe.trainer.batch_size) if any(one.dev is not None for one in data.sets) else None
     )
@@ -327,6 +355,16 @@ def _train(recipe: Recipe, begun: _Begun, embedder: Embedder, data: RunData) -> 
         distributed.led(partial(embedder.save, folder / "model"))
     distributed.led(partial(write_json, folder / TRAINED, trained))
     return trained
+
+
+def _adapt(recipe: Recipe, data: RunData, embedder: Embedder) -> None:
+    """Put on what is trained besides the weights: a head that predicts tokens, adapters."""
+    torch.manual_seed(recipe.seed)  # adapters draw their start from it
+    if any(one.objective.ask for one in data.sets):
+        add_language_head(embedder).requires_grad_(not recipe.lora.rank)
+    if recipe.lora.rank:
+        with unrounded(embedder):
+            add_lora(embedder.backbone, recipe.lora)
 
 
 def _lineage(recipe: Recipe, data: RunData, embedder: Embedder, trained: Mapping[str, Any]) -> dict[str, Any]:

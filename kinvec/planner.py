@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -38,6 +39,15 @@ def memory_budget(setting: str, device: torch.device) -> int:
 
 def saved_bytes_per_token(model: nn.Module, embed: Callable[[Pack], Tensor], sample: Pack) -> float:
     """Bytes that the graph of one token holds, counted (not estimated) over one forward pass of `sample`."""
+    with torch.random.fork_rng(), saving(model) as saved:
+        vectors = embed(sample)
+        del vectors
+    return sum(saved.values()) / max(sum(sample.lengths), 1)
+
+
+@contextmanager
+def saving(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Fills with the bytes of every storage that a graph made in the block holds, by its address; without weights."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen: dict[int, int] = {}
 
@@ -47,10 +57,8 @@ def saved_bytes_per_token(model: nn.Module, embed: Callable[[Pack], Tensor], sam
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        vectors = embed(sample)
-        del vectors
-    return sum(seen.values()) / max(sum(sample.lengths), 1)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        yield seen
 
 
 def chunks_to_keep(chunk_tokens: list[int], bytes_per_token: float, budget: int) -> int:

@@ -41,6 +41,7 @@ from kinvec.resuming import Progress, keep_log, restore_best, resume, save
 from kinvec.tracking import open_trackers
 
 SMALLEST_CHUNK = 64  # tokens; out of memory below it, halving will not help
+GROWTH = 1.2  # of memory over a training: kept pages fragment, and are released when they are so much more
 
 
 class TrainerSettings(Settings):
@@ -127,7 +128,7 @@ def fit(
     log_file = run / "log.jsonl" if distributed.rank() == 0 else Path(os.devnull)
     if distributed.rank() == 0:
         keep_log(log_file, state.step)
-    plan, spikes = _plan(embedder, source, settings, state), Spikes(log_file)
+    plan, spikes = bytes_and_budget(embedder, source, settings), Spikes(log_file)
     shares = source.plan(settings.batch_size, total) if len(source.sets) > 1 else {}
     for name, told in shares.items():
         say(f"{name}: {told['rows']:,} rows, {told['share']:.0%} of the training, {told['passes']:g} passes")
@@ -177,16 +178,17 @@ def fit(
 def _prepared(embedder: Embedder, settings: TrainerSettings) -> Embedder:
     """What is trained: the embedder made ready for it, or a copy whose weights are spread over the processes."""
     copied = deepcopy(embedder) if settings.shard != "no" and distributed.world() > 1 else embedder
-    _prepare(embedder, settings)
+    prepare(embedder, settings)
     if copied is not embedder:
         if embedder.language is not None:
             raise RecipeError("trainer.shard is for objectives over embeddings; leave it out to predict tokens")
-        _prepare(copied, settings)
+        prepare(copied, settings)
         distributed.spread(copied, layers(copied.backbone), settings.shard)
     return copied
 
 
-def _prepare(embedder: Embedder, settings: TrainerSettings) -> None:
+def prepare(embedder: Embedder, settings: TrainerSettings) -> None:
+    """Set dropout, join projections, recompute layers where asked for; in training mode."""
     if settings.dropout is not None:
         set_dropout(embedder, settings.dropout, settings.dropout_on)
     replace_dropout(embedder)
@@ -288,7 +290,7 @@ def _gradients(
     chunks, lengths, sizes = step_chunks(embedder, asked, chunk_tokens)
     if objective.ask is not None:
         clozes = [objective.ask(embedder.tokenizer, chunk) for chunk in chunks]
-        of_tokens = _mixed(embedder, embedder.backbone), _mixed(embedder, embedder.language)
+        of_tokens = in_precision(embedder, embedder.backbone), in_precision(embedder, embedder.language)
         value, right = masking.backward(*of_tokens, clozes)
         return value, lengths, {"accuracy": right}
     keep = min(chunks_to_keep(own, *plan) for own in sizes)
@@ -320,10 +322,10 @@ def step_chunks(embedder: Embedder, asked: Step, chunk_tokens: int) -> tuple[lis
 
 
 def _embed(embedder: Embedder) -> Callable[[Pack], Tensor]:
-    return _mixed(embedder, embedder)
+    return in_precision(embedder, embedder)
 
 
-def _mixed(embedder: Embedder, module: Callable[[Any], Tensor] | None) -> Callable[[Any], Tensor]:
+def in_precision(embedder: Embedder, module: Callable[[Any], Tensor] | None) -> Callable[[Any], Tensor]:
     """The module in the embedder's precision."""
     assert module is not None
 
@@ -346,7 +348,7 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _plan(embedder: Embedder, source: Mixture, settings: TrainerSettings, state: Progress) -> tuple[float, int]:
+def bytes_and_budget(embedder: Embedder, source: Mixture, settings: TrainerSettings) -> tuple[float, int]:
     """(bytes a token, budget): what decides how many chunks keep their graphs."""
     chunks, *_ = step_chunks(embedder, source.step(0, min(settings.batch_size, max(16, len(source.sets)))), 2048)
     bytes_per_token = saved_bytes_per_token(embedder, _embed(embedder), chunks[-1])
@@ -379,13 +381,13 @@ def memory_gb(device: torch.device) -> float:
 
 
 def release_above(held: float, used: float, step: int, device: torch.device) -> float:
-    """Release free pages once the process holds half as much again as after its first steps; returns that mark in GB.
+    """Release free pages once the process has grown by `GROWTH` since its first steps; returns that mark in GB.
 
     Each release costs one step's page faults, so it is done seldom.
     """
     if device.type != "cpu" or step <= 2 or not held:
         return max(held, used)
-    if used > 1.5 * held:
+    if used > GROWTH * held:
         release_pages()
     return held
 

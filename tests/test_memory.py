@@ -20,7 +20,7 @@ from kinvec.batching import pack
 from kinvec.contracts import KinvecError
 from kinvec.embedder import open_folder
 from kinvec.planner import saved_bytes_per_token
-from kinvec.trainer import TrainerSettings, _prepare, fit
+from kinvec.trainer import TrainerSettings, fit, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +35,7 @@ def prepared(folder: Path, lora: int, **settings: Any) -> Embedder:
         for name, parameter in trainable(embedder):
             if "lora_B" in name:  # which start at zero, and would leave half of the gradients there
                 torch.nn.init.normal_(parameter, std=0.1)
-    _prepare(embedder, TrainerSettings(**settings))
+    prepare(embedder, TrainerSettings(**settings))
     return embedder
 
 
