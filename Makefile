@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Test processes of one thread each: on two cores twice as fast as one process of two threads.
 WORKERS ?= 2
 
-.PHONY: setup demo test check docs bench published intervals ladder models chromium constraints
+.PHONY: setup demo test check docs fuzz bench kills published intervals ladder models chromium constraints
 
 setup: $(SETUP)
 
@@ -37,8 +37,18 @@ check: setup
 docs: setup
 	$(BIN)/python scripts/docs.py
 
+# Every reader against damaged files, guided by coverage: so many seconds for each of the targets.
+SECONDS ?= 60
+fuzz: setup
+	@$(PIP) --no-build-isolation --editable '.[fuzz]'
+	$(BIN)/python fuzz/targets.py all $(SECONDS)
+
 bench: setup
 	$(BIN)/python benchmarks/speed.py
+
+# Four verbs killed at 50 random moments each; stopped, the same command goes on.
+kills: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/kills.py
 
 intervals: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/intervals.py
@@ -54,7 +64,8 @@ chromium:
 
 # After a change of dependencies: what a full install holds now, without hosts, paths or build tags.
 constraints: setup
-	{ echo '# Every package of a full install (demo, dev, track), so that a fresh machine gets the same. Written by `make constraints`.'; \
+	@$(PIP) --no-build-isolation --editable '.[fuzz]'
+	{ echo '# Every package of a full install (demo, dev, track, fuzz), so that a fresh machine gets the same. Written by `make constraints`.'; \
 	  $(BIN)/python -m pip freeze --all --exclude pip --exclude kinvec | sed 's/+cpu$$//' | LC_ALL=C sort -f; } > constraints.tmp
 	mv constraints.tmp constraints.txt
 	@touch $(SETUP)

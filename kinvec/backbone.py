@@ -29,6 +29,7 @@ from kinvec.console import say
 from kinvec.contracts import KinvecError
 from kinvec.machine import multiplies_bf16
 from kinvec.published import has_own_code, needs_own_code, open_config, reading, weight_files
+from kinvec.vetting import vet_size
 
 POSITIONS_AFTER_PADDING = {  # families whose first position is the padding index + 1 (RoBERTa's convention)
     "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod", "esm",
@@ -141,6 +142,8 @@ def load_backbone(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module
     try:
         config = open_config(folder)
         kind = T5EncoderModel if config.model_type in ("t5", "mt5") else AutoModel
+        with quiet():
+            vet_size(kind, config, weights)
         options = {"config": config, "dtype": dtype, "trust_remote_code": False}
         with quiet():
             model, info = kind.from_pretrained(folder, output_loading_info=True, **options, **reading(weights))

@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from kinvec import distributed
 from kinvec.contracts import KinvecError
-from kinvec.files import replace_folder, saying_full
+from kinvec.files import content_fingerprint, damaged, read_written, replace_folder, saying_full
 
 MANIFEST = "manifest.json"
 
@@ -105,7 +104,8 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
 
     Where tensors are spread over processes all of them call this, each writes its own parts, and rank 0 the rest.
     """
-    final, beside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
+    final = place(folder, step)
+    beside = final.with_name(f".{final.name}.tmp")
     if distributed.rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -116,8 +116,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
         write_state(beside, tensors, spread)
         if distributed.rank():
             return
-        checksums = {path.name: _checksum(path) for path in sorted(beside.iterdir())}
+        checksums = {path.name: content_fingerprint(path) for path in sorted(beside.iterdir())}
         manifest = {"format": 1, "step": step, "files": checksums, "values": dict(values)}
+        manifest["checksum"] = _checksum(manifest)
         with open(beside / MANIFEST, "w", encoding="utf-8") as file:
             json.dump(manifest, file)
             file.flush()
@@ -128,7 +129,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping
         raise
     for other, path in list(steps(folder)):
         if other not in keep | {step}:
-            shutil.rmtree(path, ignore_errors=True)
+            going = path.with_name(f".{path.name}.tmp")  # half-deleted it is no checkpoint either
+            os.replace(path, going)
+            shutil.rmtree(going, ignore_errors=True)
 
 
 def write_state(folder: Path, state: Mapping[str, Any], spread: bool = False) -> None:
@@ -152,6 +155,11 @@ def steps(folder: Path) -> Iterator[tuple[int, Path]]:
             yield int(path.name.removeprefix("step-")), path
 
 
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{step:08d}"
+
+
 def latest(folder: Path) -> Path | None:
     """The newest valid checkpoint, or None."""
     found = list(steps(folder))
@@ -164,20 +172,19 @@ def read_values(path: Path) -> dict[str, Any]:
     Raises `KinvecError` naming the damaged file.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        manifest = read_written(path / MANIFEST)
         files, values = manifest["files"], manifest["values"]
-    except (ValueError, TypeError, KeyError):
-        raise _damaged(path, MANIFEST) from None
-    for name, checksum in files.items():
-        if not (path / name).is_file() or _checksum(path / name) != checksum:
-            raise _damaged(path, name)
+        names = damaged(path, files) if manifest["checksum"] == _checksum(manifest) else [MANIFEST]
+    except (TypeError, KeyError, AttributeError):
+        names = [MANIFEST]
+    if names:
+        raise _damaged(path, names[0])
     return values
 
 
 def _damaged(path: Path, name: str) -> KinvecError:
     return KinvecError(
-        f"{path / name}: the checkpoint is damaged; delete the folder {path} to go on from the one before, "
-        "or use --force to start afresh"
+        f"{path / name}: the checkpoint is damaged or gone; training goes on from an earlier one, or from the start"
     )
 
 
@@ -205,9 +212,7 @@ def _one_process() -> Iterator[None]:
         yield
 
 
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """Of what the manifest says itself."""
+    said = {key: value for key, value in manifest.items() if key != "checksum"}
+    return content_fingerprint(json.dumps(said, sort_keys=True).encode())

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from kinvec.contracts import KinvecError
+from kinvec.contracts import KinvecError, presentable
 
 VERBS = {
     "demo": "Build a search problem from installed packages, tune a model on it, show the gain.",
@@ -110,7 +110,7 @@ def main() -> None:
     except (KinvecError, OSError, MemoryError) as error:
         if debug:
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {presentable(_sentence(error))}", file=sys.stderr)
         code = getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         kept = "continues where it was" if argv[0] in RESUMING else "begins again; nothing half-made is left"

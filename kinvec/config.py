@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 from yaml import YAMLError
 
-from kinvec.contracts import RecipeError
+from kinvec.contracts import RecipeError, without_secrets
+
+MOST_BYTES = 1 << 20  # of a YAML file
+MOST_VALUES, DEEPEST = 100_000, 50  # in it, aliases unfolded
+MOST_REFERENCES = 20  # `${…}` in a recipe: strings that name strings that name strings double each time
 
 
 class Settings(BaseModel):
@@ -33,14 +39,80 @@ def load(model: type[S], *layers: Path | Mapping[str, Any], overrides: Sequence[
     for layer in layers:
         merged = _merge(merged, _read(layer) if isinstance(layer, Path) else OmegaConf.create(dict(layer)))
     merged = _merge(merged, _dotlist(overrides))
-    try:
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise RecipeError(f"recipe: {str(error).splitlines()[0]}") from None
+    values = _resolved(merged)
     try:
         return model.model_validate(values)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(model, e) for e in error.errors())) from None
+
+
+def _resolved(merged: Any) -> Any:
+    """The values, with what `${…}` refers to in its place.
+
+    Raises `RecipeError` for references that lead nowhere, and for secrets: the values are written into the run folder.
+    """
+    if str(OmegaConf.to_container(merged)).count("${") > MOST_REFERENCES:
+        raise RecipeError(
+            f"recipe: it has more than {MOST_REFERENCES} references (${{…}}); write the values themselves"
+        )
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise RecipeError(f"recipe: {_first_line(error)}") from None
+    for key, value in leaves(values):
+        if isinstance(value, str) and without_secrets(value) != value:
+            what = "holds a password or a key, and would be kept in the run folder"
+            raise RecipeError(f"recipe key '{key}' {what}; leave it in the environment")
+    return values
+
+
+def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value within mappings and lists, with its keys joined by dots."""
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if inner is None:
+        yield place, value
+        return
+    for key, own in inner:
+        yield from leaves(own, f"{place}.{key}" if place else str(key))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def parse_yaml(raw: bytes | str) -> Any:
+    """The plain values of a YAML text. Raises `YAMLError` for what is none, names a type, or unfolds too far.
+
+    An alias stands for a value without repeating it; a few lines of aliases of aliases stand for more than any memory.
+    """
+    text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+    if len(text) > MOST_BYTES:
+        raise YAMLError(f"longer than {MOST_BYTES >> 20} MiB")
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _unfolded(node, {})
+        return loader.construct_document(node)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
+        raise YAMLError(_first_line(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _unfolded(node: yaml.Node, sizes: dict[int, int], depth: int = 0) -> int:
+    """How many values a node stands for, aliases unfolded. Raises `YAMLError` where there are too many."""
+    if depth > DEEPEST:
+        raise YAMLError(f"nested more than {DEEPEST} deep")
+    if id(node) not in sizes:
+        sizes[id(node)] = MOST_VALUES  # while it is counted: one that holds itself has no end
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        parts = inner if isinstance(node, yaml.CollectionNode) else []
+        sizes[id(node)] = 1 + sum(_unfolded(part, sizes, depth + 1) for part in parts)
+    if sizes[id(node)] > MOST_VALUES:
+        raise YAMLError(f"more than {MOST_VALUES:,} values, with its aliases unfolded")
+    return sizes[id(node)]
 
 
 def _merge(before: Any, after: Any) -> Any:
@@ -114,16 +186,19 @@ def inner_name(name: str, annotation: Any) -> str:
 
 def _read(path: Path) -> Any:
     try:
-        node = OmegaConf.load(path)
+        text = path.read_text("utf-8")
+        if not isinstance(parse_yaml(text), dict):
+            raise RecipeError(f"{path}: a recipe is a mapping of keys to values, such as 'model: NAME'")
+        node = OmegaConf.load(io.StringIO(text))
+    except RecipeError:
+        raise
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such recipe file") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or _first_line(error)
         raise RecipeError(f"{where}: not valid YAML ({problem})") from None
-    if not OmegaConf.is_dict(node):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, such as 'model: NAME'")
     return node
 
 
@@ -132,9 +207,11 @@ def _dotlist(overrides: Sequence[str]) -> Any:
         if "=" not in item or item.startswith(("=", "-")):
             raise RecipeError(f"'{item}' is no setting; write key=value, for example trainer.epochs=3")
     try:
+        for item in overrides:
+            parse_yaml(item.partition("=")[2])
         return OmegaConf.from_dotlist(list(overrides))
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise RecipeError(f"key=value: {str(error).splitlines()[0]}") from None
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise RecipeError(f"key=value: {_first_line(error)}") from None
 
 
 def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:

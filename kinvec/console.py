@@ -1,24 +1,29 @@
-"""What a person sees: while waiting, one progress bar with an ETA on stderr; of results, the form of a table."""
+"""What a person sees: while waiting, one progress bar with an ETA on stderr; of results, the form of a table.
+
+What is shown may come from a stranger's file, and holds no secret of the user's: see `contracts.presentable`.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Collection, Iterator
-import os
-import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from kinvec.contracts import presentable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 QUIET_SECONDS = 15.0  # without a terminal (a log file, CI) a line at most this often
+silent = False  # of several processes one speaks
 
 
 def say(message: str) -> None:
     """One line for the person waiting, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    if not silent:
+        print(presentable(message), file=sys.stderr, flush=True)
 
 
 def plain_table(*columns: str, left: Collection[int] = (0,)) -> Table:

@@ -5,7 +5,10 @@ Shapes: n = texts, d = embedding dimensions, T = tokens of a pack, B = queries o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -14,16 +17,73 @@ if TYPE_CHECKING:  # a fifth of a second of imports, for two signatures: the com
     from jaxtyping import Float
 
 
+SHOWN = 200  # characters of what a library says
+LONGEST = 1000  # characters of a line that is printed
+SECRET_NAMES = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")  # of environment variables
+SHORTEST_SECRET = 8  # a shorter value is also a word or a number
+SECRET_FORMS = (  # in a text: user and password before a host, a key behind an address, keys by themselves
+    re.compile(r"(\w:/{1,2})[^\s/@'\"]+(?=@)"),
+    re.compile(r"([?&]\w*(?:token|key|secret|password|signature)=)[^\s&'\"]+", re.IGNORECASE),
+    re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{16,}"),
+)
+
+
+def without_secrets(text: str) -> str:
+    """The text with `***` for what nobody else may read.
+
+    That is: passwords and keys in addresses, keys of the hub's and of OpenAI's form, and the values of environment
+    variables whose names end in KEY, TOKEN, SECRET or PASSWORD.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST_SECRET and SECRET_NAMES.search(name):
+            text = text.replace(value, "***")
+    for form in SECRET_FORMS:
+        text = form.sub(r"\1***", text)
+    return text
+
+
+def presentable(text: str) -> str:
+    """Lines that may be printed: no secret, no control character (a file may hold a terminal's commands), no end."""
+    shown = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in s) for s in without_secrets(text).split("\n"))
+    return "\n".join(line if len(line) <= LONGEST else f"{line[: LONGEST - 2]} …" for line in shown)
+
+
 class KinvecError(ValueError):
-    """The data, the model or the machine is wrong: one sentence that names the place and the remedy (exit code 1)."""
+    """The data, the model or the machine is wrong: one sentence that names the place and the remedy (exit code 1).
+
+    What it quotes may come from a stranger's file: it is made `presentable`.
+    """
 
     exit_code = 1
+    _between = " "  # its lines
+
+    def __init__(self, said: str) -> None:
+        super().__init__(self._between.join(presentable(said).split("\n")))
 
 
 class RecipeError(KinvecError):
-    """The arguments or the recipe are wrong (exit code 2)."""
+    """The arguments or the recipe are wrong (exit code 2): a line for each thing that is."""
 
     exit_code = 2
+    _between = "\n"
+
+
+@contextmanager
+def one_sentence(what: str, remedy: str) -> Iterator[None]:
+    """Inside, whatever Python or a library stumbles over in a file that is damaged or hostile becomes a `KinvecError`.
+
+    Nobody can list what a dozen libraries raise of such files. The machine's own errors (no memory, no such file, no
+    space) pass; the traceback of what is caught is there with --debug.
+    """
+    try:
+        yield
+    except (KinvecError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error) is NameError or (isinstance(error, OSError) and error.errno):
+            raise
+        why = next(iter(str(error).splitlines()), "")
+        raise KinvecError(f"{what} ({type(error).__name__}{why and f': {why[:SHOWN]}'}); {remedy}") from error
 
 
 class GateError(KinvecError):

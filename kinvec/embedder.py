@@ -37,11 +37,13 @@ from kinvec.backbone import (
 )
 from kinvec.batching import Pack, Tokens, append_end, ends_texts, packs, tokenize
 from kinvec.console import progress as progress_bar
-from kinvec.contracts import KinvecError
+from kinvec.contracts import KinvecError, one_sentence
 from kinvec.files import replace_folder, saying_full
-from kinvec.folder import head_module, optional_json, read_json, read_settings, refuse_damaged, write_folder
-from kinvec.machine import keep_pages
+from kinvec.files.reading import read_json, read_object
+from kinvec.folder import OURS, head_module, optional_json, read_settings, refuse_damaged, said, write_folder
+from kinvec.machine import keep_pages, set_threads
 from kinvec.pooling import POOLINGS, Dense, Normalize, pool
+from kinvec.vetting import inside, vet_folder
 
 WINDOW = 8192  # texts sorted by length at a time: enough to fill packs with equal lengths, little enough to hold
 ENCODE_TOKENS = 8192  # tokens a pack when encoding: past the point where larger products are faster on CPUs
@@ -114,7 +116,11 @@ class Embedder(nn.Module):
 
     def forward(self, texts: Pack) -> Float[Tensor, "n d"]:
         """Vectors of a pack's texts, in the pack's order, in float32."""
-        hidden = self.backbone(texts)
+        try:
+            hidden = self.backbone(texts)
+        except IndexError:  # on a CPU; a GPU stops by itself
+            what = "a token, or its place in the text, has no embedding"
+            raise KinvecError(f"{self.name}: {what}; are tokenizer and weights of one model?") from None
         lengths = torch.tensor(texts.lengths, device=hidden.device)
         skip = torch.tensor(texts.skip, device=hidden.device) if any(texts.skip) else None
         with torch.autocast(hidden.device.type, enabled=False):
@@ -232,17 +238,23 @@ def _vectors_of(loaded: Loaded, threads: int, texts: Pack) -> Float32[np.ndarray
 def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Embedder:
     """The embedder of a folder in float32, on the CPU, unfused: the state from which training starts.
 
-    Raises `KinvecError` for what is no model or is damaged.
+    Raises `KinvecError` for what is no model, is damaged, or asks for what a folder may not (`vetting`).
     """
-    from transformers import AutoTokenizer
-
     keep_pages()
     folder = fetch(str(name_or_folder))
-    refuse_damaged(folder)
-    if (folder / "adapter_config.json").is_file() and not _has_modules(folder):
-        return _open_adapter(folder, max_length)
+    vet_folder(folder)
+    with one_sentence(f"{folder}: cannot open the model", "is the folder whole, and are its files of one model?"):
+        refuse_damaged(folder)
+        if (folder / "adapter_config.json").is_file() and not _has_modules(folder):
+            return _open_adapter(folder, max_length)
+        return _open_model(folder, str(name_or_folder), max_length)
+
+
+def _open_model(folder: Path, name: str, max_length: int | None) -> Embedder:
+    from transformers import AutoTokenizer
+
     modules = read_json(folder / "modules.json") if _has_modules(folder) else None
-    inner = folder / (modules[0].get("path") or "") if modules else folder
+    inner = inside(folder, modules[0].get("path") or "") if modules else folder
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(inner, trust_remote_code=False)
@@ -263,7 +275,21 @@ def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Em
     if settings["lower_case"]:
         _lower_case(tokenizer)
     head = [head_module(folder, module) for module in (modules or [])[2:]]
-    return Embedder(backbone, tokenizer, [module for module in head if module is not None], settings)
+    embedder = Embedder(backbone, tokenizer, [module for module in head if module is not None], settings)
+    _check_widths(embedder, folder)
+    return embedder
+
+
+def _check_widths(embedder: Embedder, folder: Path) -> None:
+    """Raise `KinvecError` where a dense layer takes other vectors than it is given."""
+    width = embedder.backbone.width * len(embedder.pooling)
+    for module in embedder.head:
+        if isinstance(module, Dense):
+            if module.linear.in_features != width:
+                raise KinvecError(
+                    f"{folder}: a dense layer takes {module.linear.in_features} dimensions and gets {width}"
+                )
+            width = module.linear.out_features
 
 
 def state_fingerprint(module: nn.Module, said: Sequence[Any]) -> str:
@@ -291,7 +317,7 @@ def _has_modules(folder: Path) -> bool:
 
 def _open_adapter(folder: Path, max_length: int | None) -> Embedder:
     """A PEFT folder: its base model with the adapters merged in, and what `kinvec.json` beside them says."""
-    ours, config = optional_json(folder / "kinvec.json"), read_json(folder / "adapter_config.json")
+    ours, config = said(folder / "kinvec.json", OURS), read_object(folder / "adapter_config.json")
     base = ours.get("base") or config.get("base_model_name_or_path")
     if not base:
         raise KinvecError(f"{folder / 'adapter_config.json'}: names no base model (base_model_name_or_path)")
@@ -336,7 +362,7 @@ def unrounded(embedder: Embedder) -> Iterator[None]:
 def add_language_head(embedder: Embedder) -> LanguageHead:
     """Let the model predict tokens, with the head of the folder it was opened from; adapters go on afterwards."""
     folder = fetch(embedder.name)
-    inner = folder / (read_json(folder / "modules.json")[0].get("path") or "") if _has_modules(folder) else folder
+    inner = inside(folder, read_json(folder / "modules.json")[0].get("path") or "") if _has_modules(folder) else folder
     embedder.language = language_head(inner, embedder.backbone.model)
     return embedder.language
 

@@ -5,18 +5,20 @@ The folder is a sentence-transformers model plus `kinvec.json` (format, attentio
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from kinvec.backbone import trainable
+from kinvec.backbone import quiet, trainable
 from kinvec.contracts import KinvecError
 from kinvec.files import content_fingerprint, damaged, saying_full, write_json
+from kinvec.files.reading import read_object
 from kinvec.pooling import POOLINGS, Dense, Normalize
+from kinvec.vetting import inside, refuse_bomb
 
 FORMAT = 1
 LONGEST_DEFAULT = 512  # where neither folder nor tokenizer names a maximum length
@@ -24,16 +26,16 @@ LONGEST_DEFAULT = 512  # where neither folder nor tokenizer names a maximum leng
 
 def read_settings(folder: Path, inner: Path, modules: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     """What the files say of pooling, prompts, maximum length and so on, for `Embedder`."""
-    texts = optional_json(inner / "sentence_bert_config.json")
-    whole = optional_json(folder / "config_sentence_transformers.json")
-    ours = optional_json(folder / "kinvec.json")
-    if ours.get("format", FORMAT) > FORMAT:
-        raise KinvecError(
-            f"{folder / 'kinvec.json'}: format {ours['format']} is newer than this kinvec; upgrade kinvec"
-        )
+    texts = said(inner / "sentence_bert_config.json", {"max_seq_length": int, "do_lower_case": bool})
+    whole = said(folder / "config_sentence_transformers.json", WHOLE)
+    ours = said(folder / "kinvec.json", OURS)
+    if (written := ours.get("format") or FORMAT) > FORMAT:
+        raise KinvecError(f"{folder / 'kinvec.json'}: format {written} is newer than this kinvec; upgrade kinvec")
     pooling, include_prompt = _pooling(folder, modules, model)
     limits = [texts.get("max_seq_length"), tokenizer.model_max_length, _positions(model)]
     known = [int(limit) for limit in limits if limit is not None and limit < 10**9]
+    if min(known, default=1) < 1:
+        raise KinvecError(f"{folder}: its longest text has {min(known)} tokens (max_seq_length, model_max_length)")
     return {
         "pooling": pooling,
         "include_prompt": include_prompt,
@@ -44,6 +46,28 @@ def read_settings(folder: Path, inner: Path, modules: Any, model: Any, tokenizer
         "lineage": ours.get("lineage", []),
         "append_eos": ours.get("append_eos", False),
     }
+
+
+WHOLE = {"prompts": dict[str, str | None], "default_prompt_name": str, "similarity_fn_name": str}
+OURS = {
+    "format": int, "attention": Literal["causal", "bidirectional"], "append_eos": bool, "prompts": dict[str, str],
+    "max_length": PositiveInt, "lineage": list[dict[str, Any]], "base": str, "pooling": list[str], "normalize": bool,
+    "include_prompt": bool,
+}  # fmt: skip
+
+
+def said(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
+    """The file's object, empty where there is no file.
+
+    Raises `KinvecError` where the value of one of these keys is there and is of another kind.
+    """
+    found = optional_json(path)
+    for key, kind in kinds.items():
+        try:
+            TypeAdapter(kind | None).validate_python(found.get(key), strict=True)
+        except ValidationError as error:
+            raise KinvecError(f"{path}: '{key}' cannot be {found[key]!r} ({error.errors()[0]['msg']})") from None
+    return found
 
 
 def _prompts(whole: dict[str, Any]) -> dict[str, str]:
@@ -89,7 +113,8 @@ def _pooling(folder: Path, modules: Any, model: Any) -> tuple[tuple[str, ...], b
             f"{folder / 'modules.json'}: module '{what}' is not supported (sentence-transformers' "
             f"{', '.join(sorted(KNOWN_MODULES))} are)"
         )
-    config = read_json(folder / modules[1]["path"] / "config.json")
+    place = inside(folder, modules[1]["path"]) / "config.json"
+    config = read_object(place) | said(place, {"pooling_mode": str | list[str], "include_prompt": bool})
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for mode, flag in POOLING_FLAGS.items() if config.get(flag)]
@@ -107,7 +132,7 @@ def _kind(module: dict[str, Any]) -> str:
 
 def head_module(folder: Path, module: dict[str, Any]) -> nn.Module | None:
     """A module after pooling; nothing for dropout, which is for training only."""
-    kind, place = _kind(module), folder / module["path"]
+    kind, place = _kind(module), inside(folder, module["path"])
     if kind == "Normalize":
         return Normalize()
     return _dense(place) if kind == "Dense" else None
@@ -115,17 +140,21 @@ def head_module(folder: Path, module: dict[str, Any]) -> nn.Module | None:
 
 def _dense(place: Path) -> Dense:
     file = place / "config.json"
-    config = read_json(file)
+    config = read_object(file)
     activation = config.get("activation_function") or "torch.nn.modules.linear.Identity"
     name = activation.rsplit(".", 1)[-1]
     if not activation.startswith("torch.nn.modules.") or name not in nn.modules.__all__:
         raise KinvecError(f"{file}: activation '{activation}' is not one of torch's own; it is not run")
     if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
         raise KinvecError(f"{file}: a Dense with a residual, or on another input than the embedding, is not supported")
-    weights = {key.removeprefix("linear."): value for key, value in _tensors(place).items()}
+    weights = {key.removeprefix("linear."): value.float() for key, value in _tensors(place).items()}
     try:
-        dense = Dense(config["in_features"], config["out_features"], config.get("bias", True), getattr(nn, name)())
-        dense.linear.load_state_dict(weights)
+        inputs, outputs, activation = config["in_features"], config["out_features"], getattr(nn, name)()
+        with torch.device("meta"):  # as large as the file says, until the weights say that they are
+            dense = Dense(inputs, outputs, config.get("bias", True), activation)
+        dense.linear.load_state_dict(weights, assign=True)
+        if dense(torch.zeros(1, inputs)).shape != (1, outputs):
+            raise TypeError(f"{name} changes the number of dimensions")
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise KinvecError(f"{file}: does not describe the weights beside it ({reason})") from None
@@ -141,7 +170,9 @@ def _tensors(place: Path) -> dict[str, Tensor]:
         if weights.is_file():
             return load_file(weights)
         if old.is_file():  # small, and read as tensors only: nothing in it is run
-            return torch.load(old, map_location="cpu", weights_only=True)
+            refuse_bomb(old)
+            with quiet():
+                return torch.load(old, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise KinvecError(f"{place}: the weights are damaged, cut short or not tensors alone ({reason})") from None
@@ -195,7 +226,7 @@ def write_folder(embedder: Any, model: Any, folder: Path) -> None:
 def seal(folder: Path) -> None:
     """Note in `kinvec.json` the checksums of the files that nobody edits: weights and tokenizer."""
     checksums = {name: content_fingerprint(folder / name) for name in _sealed(folder)}
-    write_json(folder / "kinvec.json", read_json(folder / "kinvec.json") | {"checksums": checksums})
+    write_json(folder / "kinvec.json", read_object(folder / "kinvec.json") | {"checksums": checksums})
 
 
 def refuse_damaged(folder: Path) -> None:
@@ -271,16 +302,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def read_json(path: Path) -> Any:
-    """The file's value. Raises `KinvecError` where it is missing or broken."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise KinvecError(f"{path}: the file is missing from the model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise KinvecError(f"{path}: not valid JSON ({error})") from None
-
-
 def optional_json(path: Path) -> dict[str, Any]:
-    """The file's value; empty where there is no such file."""
-    return read_json(path) if path.is_file() else {}
+    """The file's object; empty where there is no such file."""
+    return read_object(path) if path.is_file() else {}

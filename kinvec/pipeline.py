@@ -5,7 +5,6 @@ Everything a run makes is in its folder; the same command on the same folder con
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,19 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from kinvec import distributed, tasks
+from kinvec import checkpoint, distributed, tasks
 from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precision, round_weights
 from kinvec.card import write_card
 from kinvec.config import differences, dump, merged
 from kinvec.console import say
 from kinvec.contracts import Encoder, KinvecError, Problem, RecipeError, Result, RetrievalData
 from kinvec.embedder import Embedder, add_language_head, configure, open_folder, unrounded, with_prompts
-from kinvec.files import content_fingerprint, replace_folder, sweep, write_json, write_text
-from kinvec.folder import save_adapter
+from kinvec.files import (
+    content_fingerprint,
+    read_written,
+    replace_folder,
+    sweep,
+    sweep_beside,
+    write_json,
+    write_text,
+)
+from kinvec.folder import refuse_damaged, save_adapter
 from kinvec.forecast import evaluation, in_words, training, whole
 from kinvec.kinds import KINDS
 from kinvec.machine import set_threads
-from kinvec.merging import check_metrics, keep_guards
+from kinvec.merging import GUARD_FILE, check_metrics, keep_guards
 from kinvec.pooling import Normalize
 from kinvec.recipe import Recipe
 from kinvec.run_data import OpenSet, RunData, describe, examined, measured, mixture, open_run_data, prepared
@@ -97,9 +104,10 @@ class _Begun:
 def _begin(recipe: Recipe, data: RunData, embedder: Embedder, force: bool, base: Path | None) -> _Begun:
     """What comes before training: the folder, the warnings, the base model's results."""
     folder = claim_folder(recipe, data, embedder, force)
-    if (folder / "summary.json").is_file():
+    _drop_damaged(folder)
+    if (finished := read_written(folder / "summary.json")) is not None:
         say(f"{folder}: this run is finished; --force starts it afresh")
-        return _Begun(folder, finished=json.loads((folder / "summary.json").read_text("utf-8")))
+        return _Begun(folder, finished=finished)
     for warning in data.warnings:
         say(f"warning: {warning}")
     if recipe.evaluate:
@@ -107,8 +115,22 @@ def _begin(recipe: Recipe, data: RunData, embedder: Embedder, force: bool, base:
             _take_over(base / "results" / "base", folder / "results" / "base")
         evaluate_into(folder / "results" / "base", embedder, data)
     check_metrics(data.guards, folder / "results" / "base")
-    done = folder / TRAINED
-    return _Begun(folder, trained=json.loads(done.read_text("utf-8")) if done.is_file() else None)
+    return _Begun(folder, trained=read_written(folder / TRAINED))
+
+
+def _drop_damaged(folder: Path) -> None:
+    """Where the model's files are damaged, forget that it was made: it is made again from the last checkpoint.
+
+    Raises `KinvecError` where there is no checkpoint.
+    """
+    try:
+        refuse_damaged(folder / "model")
+    except KinvecError as error:
+        if checkpoint.latest(folder / "checkpoints") is None:
+            raise
+        say(f"warning: {error}; here it is made again from the last checkpoint")
+        for name in ("summary.json", TRAINED, GUARD_FILE):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _conclude(
@@ -161,6 +183,7 @@ def claim_folder(recipe: Recipe, data: RunData, embedder: Embedder, force: bool)
     Raises `KinvecError` for a folder that is not ours, and for one of a run with other settings, naming them.
     """
     folder = Path(recipe.out)
+    sweep_beside(folder)
     identity: dict[str, Any] = {
         "format": 1,
         "settings": _identity(recipe),
@@ -222,7 +245,10 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def _same_run(folder: Path, identity: Mapping[str, Any]) -> None:
-    old = json.loads((folder / RUN_FILE).read_text("utf-8"))
+    old, made = read_written(folder / RUN_FILE), read_written(folder / "environment.json")
+    if old is None or made is None:
+        name = RUN_FILE if old is None else "environment.json"
+        raise KinvecError(f"{folder / name}: damaged or gone; restore it from a copy, or --force starts the run afresh")
     before = merged(_identity(Recipe()), old["settings"])  # a setting that did not exist then was as its default is
     changed = [*differences(before, identity["settings"])]
     changed += [f"{line.split(':')[0]}: its content differs" for line in differences(old["inputs"], identity["inputs"])]
@@ -231,8 +257,7 @@ def _same_run(folder: Path, identity: Mapping[str, Any]) -> None:
             f"{folder}: holds a run with other settings ({'; '.join(changed[:5])}); "
             "choose another out=, or --force to start afresh"
         )
-    threads = json.loads((folder / "environment.json").read_text("utf-8")).get("threads")
-    if threads != torch.get_num_threads():
+    if (threads := made.get("threads")) != torch.get_num_threads():
         say(f"warning: begun with {threads} threads, continued with {torch.get_num_threads()}: last bits may differ")
 
 

@@ -6,12 +6,13 @@ or with other keys, the folder's settings are translated here; the weights go in
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kinvec.contracts import KinvecError
+from kinvec.files.reading import read_object
+from kinvec.vetting import refuse_bomb
 
 SHARED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
@@ -50,6 +51,8 @@ def weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise KinvecError(f"{folder}: no weights at all (model.safetensors, or pytorch_model.bin)")
+    for path in files:
+        refuse_bomb(path)
     return files
 
 
@@ -76,10 +79,9 @@ def has_own_code(folder: Path) -> bool:
 
 def _said(folder: Path) -> dict[str, Any]:
     try:
-        said = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):  # transformers says what is wrong with it
+        return read_object(folder / "config.json")
+    except KinvecError:  # transformers says what is wrong with it
         return {}
-    return said if isinstance(said, dict) else {}
 
 
 def _gte(said: dict[str, Any]) -> dict[str, Any] | None:

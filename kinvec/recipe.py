@@ -143,6 +143,8 @@ def load_stages(name: str | Path | None, overrides: Sequence[str] = ()) -> list[
     stages = common.pop("stages", None)
     if stages is None:
         return [load_recipe(name, overrides)]
+    if not isinstance(stages, list):
+        raise RecipeError(f"{name}: stages is a list of mappings, each with a name of its own")
     names = [str(stage.get("name")) if isinstance(stage, dict) else "" for stage in stages]
     fit = [re.fullmatch(r"[\w-]+", word) and word not in Recipe.model_fields for word in names]
     if len(set(names)) < len(names) or not all(fit):

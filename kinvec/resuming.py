@@ -16,6 +16,7 @@ from torch import Tensor
 from kinvec import checkpoint, distributed
 from kinvec.backbone import trainable
 from kinvec.console import say
+from kinvec.contracts import KinvecError
 from kinvec.embedder import Embedder
 
 
@@ -41,7 +42,8 @@ def save(run: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state:
     folder, tensors = run / "checkpoints", _tensors(embedder, optimizer)
     if distributed.rank() and not any(map(distributed.sharded, tensors.values())):
         return
-    newest = [step for step, _ in checkpoint.steps(folder)][-(keep - 1) :] if keep > 1 else []
+    older = [step for step, _ in checkpoint.steps(folder) if step < state.step]  # later ones were damaged
+    newest = older[-(keep - 1) :] if keep > 1 else []
     kept = {*newest, state.best_step, *(one["step"] for one in state.best)}
     score = state.best_score if math.isfinite(state.best_score) else None
     checkpoint.save(folder, state.step, tensors, vars(state) | {"best_score": score}, kept)
@@ -49,10 +51,10 @@ def save(run: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state:
 
 def resume(run: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, chunk_tokens: int) -> Progress:
     """Fill weights and moments from the newest checkpoint of the run, and say where it was; from none, the start."""
-    path = checkpoint.latest(run / "checkpoints")
-    if path is None:
+    found = _newest_whole(run / "checkpoints")
+    if found is None:
         return Progress(chunk_tokens=chunk_tokens)
-    values = checkpoint.read_values(path)
+    path, values = found
     values["best_score"] = -math.inf if values["best_score"] is None else values["best_score"]
     _allocate(optimizer, trainable(embedder), path)
     tensors = _tensors(embedder, optimizer)
@@ -64,10 +66,23 @@ def resume(run: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, chun
     return Progress(**values)
 
 
+def _newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, as is the best that it tells of, and its values. Says what is damaged."""
+    for step, path in reversed(list(checkpoint.steps(folder))):
+        try:
+            values = checkpoint.read_values(path)
+            if values["best_step"] not in (0, step):
+                checkpoint.read_values(checkpoint.place(folder, values["best_step"]))
+            return path, values
+        except KinvecError as error:
+            say(f"warning: {error}")
+    return None
+
+
 def restore_best(run: Path, embedder: Embedder, state: Progress) -> None:
     """Fill the weights from the best checkpoint of the run."""
     distributed.wait()  # until it is written
-    path = run / "checkpoints" / f"step-{state.best_step:08d}"
+    path = checkpoint.place(run / "checkpoints", state.best_step)
     checkpoint.read_values(path)
     checkpoint.load_into(path, _tensors(embedder, None))
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -134,6 +135,41 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return int(ended.value.code or 0), printed.out + printed.err
 
     return call
+
+
+def flip(file: Path, place: float = 0.5) -> None:
+    """Change one bit of a file, so far from its beginning (0 to 1), as a bad disk or a bad cable does."""
+    data = bytearray(file.read_bytes())
+    data[min(int(place * len(data)), len(data) - 1)] ^= 1
+    file.write_bytes(data)
+
+
+class SmallDisk:
+    """A file system in memory that can be made larger."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def mount(self, option: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(self.folder)]
+        try:
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except FileNotFoundError:
+            return False
+
+    def resize(self, kilobytes: int) -> None:
+        assert self.mount(f"remount,size={kilobytes}k")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    small = SmallDisk(folder)
+    if not small.mount("size=4k"):
+        pytest.skip("a file system in memory cannot be mounted here (it takes root)")
+    yield small
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

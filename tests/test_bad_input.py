@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import SmallDisk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -203,34 +203,6 @@ def test_debug_shows_the_traceback(arguments: list[str], tmp_path: Path, main: M
 
 
 # ---- a full disk ----
-
-
-class SmallDisk:
-    """A file system in memory that can be made larger."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def mount(self, option: str) -> bool:
-        command = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(self.folder)]
-        try:
-            return subprocess.run(command, capture_output=True, check=False).returncode == 0
-        except FileNotFoundError:
-            return False
-
-    def resize(self, kilobytes: int) -> None:
-        assert self.mount(f"remount,size={kilobytes}k")
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    small = SmallDisk(folder)
-    if not small.mount("size=4k"):
-        pytest.skip("a file system in memory cannot be mounted here (it takes root)")
-    yield small
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def sha(run: Path) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kinvec import checkpoint
 from kinvec.contracts import KinvecError
+from kinvec.files import content_fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,7 +112,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
 
 
 def damaged(path: Path) -> list[Path]:
-    return [file for file in sorted(path.iterdir()) if file.name != checkpoint.MANIFEST]
+    return sorted(path.iterdir())
 
 
 @pytest.mark.parametrize("place", [0, 0.5, 0.999])
@@ -121,7 +122,7 @@ def test_a_flipped_byte_is_named_with_its_file_and_the_remedy(tmp_path: Path, pl
         whole = file.read_bytes()
         at = int(place * len(whole))
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(KinvecError, match=rf"{file.name}: the checkpoint is damaged.*delete the folder.*--force"):
+        with pytest.raises(KinvecError, match=rf"{file.name}: the checkpoint is damaged.*goes on from an earlier one"):
             checkpoint.read_values(path)
         file.write_bytes(whole)
     checkpoint.read_values(path)
@@ -191,7 +192,8 @@ def test_a_metadata_that_would_run_code_is_refused_and_does_not_run(
     path = save(tmp_path, 4)
     (path / ".metadata").write_bytes(bombs()[name])
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    manifest["files"][".metadata"] = checkpoint._checksum(path / ".metadata")
+    manifest["files"][".metadata"] = content_fingerprint(path / ".metadata")
+    manifest["checksum"] = checkpoint._checksum(manifest)
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     checkpoint.read_values(path)
     for use in (checkpoint.names, lambda p: checkpoint.load_into(p, zeros()), checkpoint.SafeReader):

@@ -431,7 +431,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"module 'my_code\.Transformer' is not supported",
     ),
     "modules no JSON": (written("modules.json", "[{"), r"modules\.json: not valid JSON"),
-    "config no JSON": (written("config.json", "{"), r"good: cannot open"),
+    "config no JSON": (written("config.json", "{"), r"config\.json: not valid JSON"),
     "no pooling config": (without(POOL), r"1_Pooling.config\.json: the file is missing"),
     "unknown pooling": (in_file(POOL, pooling_mode="median"), r"1_Pooling: unknown pooling"),
     "foreign activation": (in_file(DENSE, activation_function="os.system"), r"config\.json: activation 'os\.system'"),

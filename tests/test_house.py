@@ -18,7 +18,7 @@ PACKAGE = ROOT / "kinvec"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 500
-COMMITTED_FOLDERS = (".ci", "benchmarks", "docs", "kinvec", "scripts", "tests")
+COMMITTED_FOLDERS = (".ci", "benchmarks", "docs", "fuzz", "kinvec", "scripts", "tests")
 
 
 def _name(path: Path) -> str:

@@ -102,6 +102,14 @@ def test_a_bomb_is_not_unfolded(tmp_path: Path) -> None:
     refused(tmp_path / "m.nemo", None, "claims 67,108,864 bytes")
 
 
+def test_a_gzipped_archive_does_not_fill_the_disk(tmp_path: Path) -> None:
+    """Zeros shrink a thousandfold: some KiB of them would be 64 MiB."""
+    with tarfile.open(tmp_path / "m.nemo", "w:gz") as tar:
+        info, content = member("zeros", bytes(64 << 20))
+        tar.addfile(info, io.BytesIO(content))
+    refused(tmp_path / "m.nemo", None, "too large")
+
+
 @pytest.mark.parametrize("cut", [0, 100, 600, 5000])
 def test_an_archive_cut_short_is_refused(archives: dict[bool, Path], tmp_path: Path, cut: int) -> None:
     (tmp_path / "m.nemo").write_bytes(archives[True].read_bytes()[:cut])

@@ -23,7 +23,7 @@ import command_line
 import numpy as np
 import pytest
 import torch
-from conftest import MINILM
+from conftest import MINILM, flip
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -506,19 +506,26 @@ def test_a_folder_that_is_not_ours_is_never_touched(
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_damaged_checkpoint_is_named(
-    tmp_path: Path, arguments: list[str], main: Callable[..., tuple[int, str]]
+def test_of_damaged_checkpoints_is_said_and_training_goes_on_from_one_before(
+    tmp_path: Path, arguments: list[str], tiny_pairs: Path, main: Callable[..., tuple[int, str]]
 ) -> None:
-    argv = [*arguments, "trainer.max_steps=4", f"out={tmp_path / 'run'}"]
+    """The newest; then the best, without which those after it are of no use; then all of them. The same weights."""
+    argv = [*arguments, f"data.dev={tiny_pairs}", "trainer.max_steps=8", "trainer.eval_every=2", "trainer.keep=2"]
+    argv += ["trainer.early_stop=0", f"out={tmp_path / 'run'}"]
     assert main(*argv)[0] == 0
-    for name in ("summary.json", "training.json"):
-        (tmp_path / "run" / name).unlink()
-    file = tmp_path / "run" / "checkpoints" / "step-00000004" / "__0_0.distcp"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    code, said = main(*argv)
-    assert code == 1 and "__0_0.distcp: the checkpoint is damaged" in said and "Traceback" not in said
+    before, folder = sha(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    best = json.loads((tmp_path / "run" / "training.json").read_text())["best_step"]
+    for steps, place in (([8], 0.5), ([best], 0.1), ([step for step, _ in checkpoint.steps(folder)], 0.9)):
+        for name in ("summary.json", "training.json"):
+            (tmp_path / "run" / name).unlink()
+        for step in steps:
+            flip(folder / f"step-{step:08d}" / ("__0_0.distcp" if place < 0.6 else "manifest.json"), place)
+        code, said = main(*argv)
+        assert code == 0 and f"step-{steps[-1]:08d}" in said and "the checkpoint is damaged" in said, said
+        assert sha(tmp_path / "run") == before
+        assert [row["step"] for row in log_of(tmp_path / "run")] == list(range(1, 9))
+        for _, path in checkpoint.steps(folder):
+            checkpoint.read_values(path)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -106,7 +106,7 @@ def identity(record: dict[str, Any]) -> str:
     if not isinstance(value, str) or not value:
         what = "missing" if "_id" not in record else "empty" if value == "" else kind_of(value)
         raise BadValue("id", f"'_id' is {what}; ids are texts", 'store ids as texts, as in "1"')
-    return value
+    return checked_text(value, "_id", may_be_empty=True)
 
 
 def document_text(record: dict[str, Any]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kinvec.contracts import KinvecError
+from kinvec.contracts import KinvecError, one_sentence
 from kinvec.files.arrow import fingerprint_of
+from kinvec.files.reading import read_object
 from kinvec.files.records import Record
 from kinvec.files.writing import content_fingerprint
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 HUB_NAME = re.compile(r"(hub:)?(?P<name>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<config>[\w.-]+))?")
+
+_WORD = re.compile(r"[\w-][\w.-]*")
 
 
 def is_saved(path: Path) -> bool:
@@ -33,19 +35,39 @@ def is_hub_name(source: str) -> bool:
 def saved_splits(path: Path) -> list[str]:
     """The splits of a folder that `save_to_disk` wrote; none where it holds a single data set."""
     names = path / "dataset_dict.json"
-    return list(json.loads(names.read_text("utf-8"))["splits"]) if names.is_file() else []
+    found = read_object(names).get("splits") if names.is_file() else []
+    if not isinstance(found, list) or not all(isinstance(name, str) and _WORD.fullmatch(name) for name in found):
+        raise KinvecError(f"{names}: 'splits' is no list of names; save the data set again (save_to_disk)")
+    return found
 
 
 def open_saved(path: Path, split: str) -> Dataset:
-    """A data set that `save_to_disk` wrote; of several, that of the split. Raises `KinvecError` if it is not there."""
-    from datasets import DatasetDict, load_from_disk
+    """A data set that `save_to_disk` wrote; of several, that of the split.
 
-    found = load_from_disk(str(path))
-    if isinstance(found, DatasetDict):
-        if split not in found:
-            raise KinvecError(f"{path}: there is no split '{split}'; name one of {', '.join(found)}")
-        return found[split]
+    Raises `KinvecError` where it is not there, or is damaged. Arrow believes what a file says of its own lengths, so
+    all of it is checked first.
+    """
+    from datasets import load_from_disk
+
+    if splits := saved_splits(path):
+        if split not in splits:
+            raise KinvecError(f"{path}: there is no split '{split}'; name one of {', '.join(splits)}")
+        path = path / split
+    with one_sentence(f"{path}: cannot be read", "save the data set again (save_to_disk)"):
+        for file in read_object(path / "state.json").get("_data_files") or ():
+            if not _WORD.fullmatch(file["filename"]):
+                raise KinvecError(f"{path / 'state.json'}: '{file['filename']}' is no file beside it; refused")
+            _check_arrow(path / file["filename"])
+        found = load_from_disk(str(path))
     return found
+
+
+def _check_arrow(path: Path) -> None:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as mapped:
+        for batch in pa.ipc.open_stream(mapped):
+            batch.validate(full=True)
 
 
 def open_hub(source: str, split: str) -> Dataset:

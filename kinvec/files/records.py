@@ -10,8 +10,8 @@ import codecs
 import csv
 import json
 import re
-import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ Record = tuple[int, dict[str, Any]]
 """Line (counted from 1; for Parquet the row) and values."""
 
 WINDOW = 1 << 20  # characters of a JSON array read at a time
+LONGEST = 64 << 20  # bytes of a line, characters of a row or a cell: a text is never that long, a broken file may be
 MARGIN = 16  # a JSON error this near the end of the window may only mean that more must be read
 ARRAY = re.compile(r"\s*\[")
 SQUAD = re.compile(r'\s*\{(?:\s*"version"\s*:\s*"[^"]*"\s*,)?\s*"data"\s*:\s*\[')
@@ -29,15 +30,25 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of a by
 
 
 def decoded_lines(path: Path, name: str, notes: Notes) -> Iterator[tuple[int, str]]:
-    """Every line, decoded as UTF-8 (a leading byte order mark is dropped), its number counted from 1."""
+    """Every line, decoded as UTF-8 (a leading byte order mark is dropped), its number counted from 1.
+
+    Raises `DataError` for a line that is longer than `LONGEST`, whatever `notes` does with bad rows.
+    """
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(partial(file.readline, LONGEST), b""), 1):
+            if len(raw) == LONGEST:
+                raise _too_long("line", name, number)
             if number == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
             try:
                 yield number, raw.decode("utf-8")
             except UnicodeDecodeError as error:
                 notes.bad(_not_utf8(name, number, raw, error.start))
+
+
+def _too_long(what: str, name: str, line: int) -> DataError:
+    remedy = "is a quote or a bracket left open? Correct the file"
+    return DataError("length", name, line, f"the {what} is longer than {LONGEST >> 20} MiB", remedy)
 
 
 def _not_utf8(name: str, line: int, raw: bytes, at: int) -> DataError:
@@ -172,12 +183,16 @@ def _element(window: _Window, name: str) -> tuple[Any, int]:
             raise DataError("json", name, window.line, "broken JSON (nested too deeply)") from None
         except json.JSONDecodeError as error:
             cut = error.msg.startswith("Unterminated string") or error.pos >= len(window.text) - MARGIN
+            if len(window.text) - window.at > LONGEST:
+                raise _too_long("row", name, window.line) from None
             if more and cut:
                 more = window.fill()
                 continue
             line = window.line + window.text.count("\n", window.at, error.pos)
             message = error.msg[:1].lower() + error.msg[1:]
             raise DataError("json", name, line, f"broken JSON ({message})", "correct the file") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise DataError("json", name, window.line, f"broken JSON ({error})", "correct the file") from None
 
 
 def _not_utf8_at(path: Path, name: str, line: int) -> DataError:
@@ -233,7 +248,7 @@ def delimited_records(
     A record spanning several lines (a quoted line break) has the number of its first. Without a header rows may differ
     in width; with one the cells that a row lacks are empty, and a wider row is a problem: a text has been cut in two.
     """
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(LONGEST)
     begun: list[int] = []  # the numbers of the lines that the record in hand took
 
     def lines() -> Iterator[str]:
@@ -252,6 +267,8 @@ def delimited_records(
         except StopIteration:
             return
         except csv.Error as error:
+            if "field limit" in str(error):
+                raise _too_long("cell", name, begun[0]) from None
             what = "a bare carriage return" if "new-line" in str(error) else f"broken quoting ({error})"
             notes.bad(DataError("csv", name, begun[0], what))
             continue
@@ -277,6 +294,7 @@ def parquet_records(path: Path, name: str, columns: list[str] | None) -> Iterato
     try:
         with pq.ParquetFile(path) as file:
             there = [c for c in columns if c in file.schema_arrow.names] if columns else None
+            _refuse_long_cells(file.metadata, name)
             for batch in file.iter_batches(batch_size=1024, columns=there):
                 for record in batch.to_pylist():
                     row += 1
@@ -286,6 +304,14 @@ def parquet_records(path: Path, name: str, columns: list[str] | None) -> Iterato
         raise DataError(
             "parquet", name, 0, f"not a readable Parquet file after row {row:,} ({what})", "write it again"
         ) from None
+
+
+def _refuse_long_cells(metadata: Any, name: str) -> None:
+    """A cell that is compressed a thousandfold would be unfolded whole."""
+    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+        for column in (group.column(i) for i in range(group.num_columns)):
+            if column.total_uncompressed_size > LONGEST * max(column.num_values, 1):
+                raise _too_long(f"cell of '{column.path_in_schema}'", name, 0)
 
 
 def text_records(path: Path, name: str, notes: Notes) -> Iterator[Record]:

@@ -170,6 +170,7 @@ def ids_of(value: Any, name: str) -> list[str]:
             what = "empty" if isinstance(identity, str) else kind_of(identity)
             example = identity if isinstance(identity, int | float) else "d1"
             raise BadValue("id", f"'{name}' is {what}; ids are texts", f'store ids as texts, as in "{example}"')
+        checked_text(identity, name)
     return as_list(value)
 
 

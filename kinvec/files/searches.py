@@ -215,6 +215,8 @@ def _judged_by(record: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
         return
     query_id, _ = _entry(record, QUERIES)
     documents, scores = ids_of(record[key], key), as_list(record.get("score", 1.0))
+    if not documents:
+        return
     if len(scores) not in (1, len(documents)):
         raise BadValue("schema", f"'score' has {len(scores)} entries for {len(documents)} documents")
     for document, score in zip(documents, scores * (len(documents) if len(scores) == 1 else 1), strict=True):
@@ -283,7 +285,8 @@ def _entry(record: Mapping[str, Any], side: _Side) -> tuple[str, str]:
         text = f"{checked_text(record['title'], 'title')} {text}"
     text = text.strip() if side is DOCUMENTS else text
     key = next((key for key in side.ids if record.get(key) not in (None, "")), None)
-    return (ids_of(record[key], key)[0] if key else text_id(text)), text
+    ids = ids_of(record[key], key) if key else []
+    return (ids[0] if ids else text_id(text)), text
 
 
 def _of_examples(table: Table, side: _Side) -> Iterator[tuple[str, str]]:

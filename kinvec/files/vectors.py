@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Float, Shaped
+from numpy.typing import DTypeLike
 
 from kinvec.config import differences
 from kinvec.console import say
-from kinvec.contracts import KinvecError, Qrels
+from kinvec.contracts import KinvecError, Qrels, one_sentence
 from kinvec.files.writing import (
     beside_path,
     content_fingerprint,
@@ -52,7 +53,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     for name in (MANIFEST, PROGRESS):
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
             continue
         if isinstance(found, dict) and found.get("kind") == KIND and found.get("format") == FORMAT:
             return found | {"finished": name == MANIFEST}
@@ -261,12 +262,7 @@ def _windows(texts: Iterator[tuple[str, str]]) -> Iterator[list[str]]:
 
 def write_array(path: Path, array: Shaped[np.ndarray, "n d"]) -> None:
     """Write a plain NumPy file, beside and renamed."""
-    beside = beside_path(path)
-    with open(beside, "wb") as file:
-        np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    write_blocks(path, array.shape, [array], array.dtype)
 
 
 def _join(parts: Sequence[Path], target: Path) -> None:
@@ -275,20 +271,25 @@ def _join(parts: Sequence[Path], target: Path) -> None:
     write_blocks(target, (sum(shape[0] for shape in shapes), shapes[0][1]), map(np.load, parts))
 
 
-def write_blocks(path: Path, shape: tuple[int, int], blocks: Iterable[Float32[np.ndarray, "_ d"]]) -> None:
-    """Write a plain NumPy file [n, d] block by block, beside and renamed.
+def write_blocks(
+    path: Path, shape: tuple[int, ...], blocks: Iterable[Shaped[np.ndarray, "_ d"]], dtype: DTypeLike = np.float32
+) -> None:
+    """Write a plain NumPy file [n, d] block by block, beside and renamed. Raises `OSError` where the disk is full.
 
-    (Not through a memory map: on a full disk that ends the process without a word.)
+    (`np.save` raises one without its reason there, and a memory map ends the process without a word.)
     """
-    beside = beside_path(path)
-    with open(beside, "wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for block in blocks:
-            file.write(np.ascontiguousarray(block, dtype=np.float32).data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside, said = beside_path(path), np.lib.format.dtype_to_descr(np.dtype(dtype))
+    try:
+        with open(beside, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": said, "fortran_order": False, "shape": shape})
+            for block in blocks:
+                file.write(np.ascontiguousarray(block, dtype=dtype).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 # --- NeMo's layout ----------------------------------------------------------------------------------------------------
@@ -347,7 +348,12 @@ def open_vectors(folder: str | Path, side: str) -> Vectors:
     if not paths or not (folder / f"{side}.ids").exists():
         raise KinvecError(f"{folder} has no vectors of the {side} side ({side}.npy and {side}.ids); run kinvec embed")
     shards = [_opened(path) for path in paths]
-    ids = (folder / f"{side}.ids").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    try:
+        ids = (folder / f"{side}.ids").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise KinvecError(
+            f"{folder / f'{side}.ids'}: not UTF-8 ({error.reason} at byte {error.start}); embed again"
+        ) from None
     rows = sum(len(shard) for shard in shards)
     if rows != len(ids) or len(set(ids)) != rows:
         what = f"{len(set(ids)):,} different ones" if rows == len(ids) else f"{len(ids):,}"
@@ -363,10 +369,11 @@ def _refuse_damaged(folder: Path, side: str) -> None:
 
 
 def _opened(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise KinvecError(f"{path}: no plain NumPy array, or cut short ({error}); embed again") from None
+    with one_sentence(f"{path}: no plain NumPy array, or cut short", "embed again"):
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind not in "fiu":
+        raise KinvecError(f"{path}: holds no rows of numbers; embed again")
+    return found
 
 
 def open_judgements(folder: str | Path) -> Qrels | None:

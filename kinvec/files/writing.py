@@ -67,21 +67,29 @@ def replace_folder(tmp: str | Path, final: str | Path) -> Path:
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove what a killed process left beside the files it was writing."""
+    """Remove what a killed process left beside the files and folders that it was writing inside `folder`."""
     for path in list(Path(folder).rglob(".*.tmp")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _tidy(path)
 
 
 def sweep_beside(path: str | Path) -> None:
     """Remove what killed processes left beside `path` while they were making or replacing it as a whole."""
     path = Path(path).absolute()
     left = re.compile(rf"\.{re.escape(path.name)}(\.new|\.old)*\.\d+\.tmp")
-    for other in path.parent.iterdir() if path.parent.is_dir() else ():
+    for other in list(path.parent.iterdir()) if path.parent.is_dir() else ():
         if left.fullmatch(other.name):
-            shutil.rmtree(other, ignore_errors=True)
+            _tidy(other)
+
+
+def _tidy(path: Path) -> None:
+    """Remove a leftover; but a folder that had just been moved away for its successor, which never came, goes back."""
+    replaced = re.fullmatch(r"\.(.+)\.old\.\d+\.tmp", path.name)
+    if replaced and path.exists() and not path.with_name(replaced[1]).exists():
+        os.replace(path, path.with_name(replaced[1]))
+    elif path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def beside_path(path: Path) -> Path:

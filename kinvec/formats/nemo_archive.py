@@ -18,12 +18,14 @@ from typing import Any
 
 import yaml
 
+from kinvec.config import parse_yaml
 from kinvec.contracts import KinvecError
 
 CONFIG = "model_config.yaml"
 MOST_MEMBERS = 20_000
 MOST_BYTES = 64 << 30  # of all members together; the largest BERT takes a few GiB
 MOST_MEMBER_BYTES = 32 << 30
+MOST_UNFOLDING = 20  # bytes of members for each of the archive: trained weights hardly shrink, and zeros a thousandfold
 MOST_HEADER_BYTES = 16 << 20  # tarfile reads an extended header in one piece, into memory
 MOST_CONFIG_BYTES = 4 << 20
 DEEPEST = 8
@@ -71,13 +73,13 @@ def _checked(tar: tarfile.TarFile, archive: Path) -> Iterator[tuple[tarfile.TarI
     """The archive's regular files with their places, each checked as soon as its header is read."""
     files: set[str] = set()
     folders: set[str] = set()
-    total = 0
+    total, most = 0, MOST_UNFOLDING * archive.stat().st_size
     for count, member in enumerate(tar, 1):
         path = _place(member, archive)
         total += member.size
         if count > MOST_MEMBERS:
             raise Refused(f"{archive}: the archive has more than {MOST_MEMBERS:,} members; refused")
-        if member.size > MOST_MEMBER_BYTES or total > MOST_BYTES:
+        if member.size > MOST_MEMBER_BYTES or total > min(MOST_BYTES, most):
             raise Refused(
                 f"{archive}: '{member.name}' makes the archive's contents too large ({total:,} bytes); refused"
             )
@@ -140,8 +142,8 @@ def parse_config(raw: bytes, archive: Path) -> dict[str, Any]:
     if len(raw) > MOST_CONFIG_BYTES:
         raise Refused(f"{archive}: its {CONFIG} is larger than {MOST_CONFIG_BYTES >> 20} MiB; refused")
     try:
-        config = yaml.safe_load(raw)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        config = parse_yaml(raw)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise Refused(f"{archive}: its {CONFIG} is not plain YAML ({reason})") from None
     if isinstance(config, dict) and isinstance(config.get("model"), dict):
@@ -158,7 +160,7 @@ def pack(folder: Path, archive: Path) -> None:
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Without the owner: who made an archive is nobody's business."""
-    member.uid = member.gid = 0
+    """Without owner and time: who made it when is nobody's business, and equal models give equal archives."""
+    member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""
     return member

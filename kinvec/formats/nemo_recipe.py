@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from kinvec.config import parse_yaml
 from kinvec.contracts import KinvecError
 
 Carry = Callable[[Any], dict[str, Any]]
@@ -163,7 +164,7 @@ def read_overrides(text: str) -> dict[str, Any]:
     """
     words = shlex.split(text.replace("\\\n", " "), comments=True)
     pairs = [word.lstrip("+").split("=", 1) for word in words if "=" in word and not word.startswith("-")]
-    found = {key: yaml.safe_load(value) if value else None for key, value in pairs}
+    found = {key: parse_yaml(value) if value else None for key, value in pairs}
     if not found:
         raise KinvecError("there are no key=value overrides in it; give the arguments of a NeMo command")
     return {key: _number(value) for key, value in found.items()}
@@ -252,4 +253,5 @@ def write_recipe(
     head += [f"# Warning: {text}" for text in warnings]
     notes = [f"#   {key}: {why}" for key, why in left.items()]
     notes = ["# Not carried over:", *notes] if notes else []
-    return "\n".join([*head, *notes]) + "\n" + yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)
+    comments = "".join(" ".join(line.splitlines()) + "\n" for line in (*head, *notes))  # none goes on as a setting
+    return comments + yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)

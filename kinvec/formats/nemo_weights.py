@@ -11,7 +11,6 @@ import math
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from kinvec.formats.nemo_bert import (
     shorten,
     stack_layers,
 )
+from kinvec.vetting import refuse_bomb
 
 SHARDED, WHOLE = "model_weights", "model_weights.ckpt"
 BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
@@ -135,7 +135,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file. What else it holds is refused, for to open it would be to run it."""
     if not path.is_file():
         raise KinvecError(f"{path.parent.name}/{path.name} is missing")
-    _refuse_bomb(path)
+    refuse_bomb(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([io.BytesIO]):  # extra states are plain bytes
             warnings.simplefilter("ignore")  # torch's remarks on old ways of pickling
@@ -163,14 +163,6 @@ def _tensors_of(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
             raise Refused(f"{path.name}: '{name}' claims more bytes than the file has; refused")
         tensors[str(name)] = value
     return tensors
-
-
-def _refuse_bomb(path: Path) -> None:
-    """A checkpoint of torch is a zip without compression; one that is compressed may unfold without end."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
-                raise Refused(f"{path.name} is compressed, as no checkpoint of torch is; refused")
 
 
 def _read_sharded(folder: Path) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from kinvec.config import read_mapping
 from kinvec.contracts import KinvecError
 from kinvec.files import write_text
 from kinvec.reporting import findings
@@ -55,7 +54,7 @@ def collect(run_folder: str | Path) -> dict[str, Any]:
     if not (run / "recipe.yaml").is_file():
         raise KinvecError(f"{run} is no run folder (it has no recipe.yaml); name the folder that kinvec train wrote")
     recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
-    recipe: dict[str, Any] = yaml.safe_load(recipe_text) or {}
+    recipe: dict[str, Any] = read_mapping(run / "recipe.yaml")
     model = read_json(run / "model" / "kinvec.json")
     later = [*(recipe.get("tasks") or {}), *(recipe.get("guard") or {})]  # after what the run itself is judged by
     results = read_results(run, later)

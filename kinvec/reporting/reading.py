@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kinvec import tasks
-from kinvec.contracts import Result
+from kinvec.contracts import KinvecError, Result
+from kinvec.files.reading import read_object
 from kinvec.tasks.stored import MANIFEST
 
 SEARCH_METRICS = ("nDCG@10", "RR@10", "R@10", "R@100")  # shown first, in this order; the others follow
@@ -17,21 +18,20 @@ SEARCH_METRICS = ("nDCG@10", "RR@10", "R@10", "R@100")  # shown first, in this o
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of the run; nothing where it is not written yet."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except (KinvecError, OSError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The steps of `log.jsonl`; the last line of a run that still goes may be half a line and is left out."""
     steps = []
     if path.exists():
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 try:
                     steps.append(json.loads(line))
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
     return [step for step in steps if isinstance(step, dict) and "step" in step]
 

@@ -6,7 +6,6 @@ A search has `documents.parquet` as well: the beginnings of the documents that i
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from dataclasses import fields
@@ -15,11 +14,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
-from kinvec.contracts import KinvecError, Result
+from kinvec.contracts import KinvecError, Result, one_sentence
 from kinvec.files import write_json
+from kinvec.files.reading import read_object
 
 FORMAT = 1
+MOST_ROWS, MOST_BYTES = 10_000_000, 4 << 30  # of a result's table
 MANIFEST, ROWS, DOCUMENTS = "results.json", "per_query.parquet", "documents.parquet"
 TABLES = {"per_query": ROWS, "documents": DOCUMENTS}  # of a result: its field → the file
 CHEAPER = "cheaper.json"
@@ -77,22 +79,35 @@ def refuse_foreign(folder: Path) -> None:
 def load_result(folder: str | Path) -> Result:
     """Read what `save_result` wrote. Raises `KinvecError` where there is no finished result, or it does not read."""
     folder = Path(folder)
-    try:
-        head = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        cheaper = json.loads((folder / CHEAPER).read_text("utf-8")) if (folder / CHEAPER).exists() else {}
-        rows = pq.read_table(folder / ROWS).to_pydict()
-        documents = pq.read_table(folder / DOCUMENTS).to_pydict() if (folder / DOCUMENTS).exists() else {}
-    except FileNotFoundError:
+    if not all((folder / name).is_file() for name in (MANIFEST, ROWS)):
         raise KinvecError(
             f"{folder}: there is no finished result here (results.json); run kinvec evaluate --out {folder}"
-        ) from None
-    except (ValueError, pa.ArrowInvalid) as error:
-        raise KinvecError(f"{folder}: the result does not read ({error}); evaluate again") from None
+        )
+    head = read_object(folder / MANIFEST)
+    with one_sentence(f"{folder}: the result does not read", "evaluate again"):
+        return _checked(folder, head)
+
+
+def _checked(folder: Path, head: dict[str, Any]) -> Result:
+    """The result of a folder, each of its fields of the kind that `Result` declares."""
+    cheaper = read_object(folder / CHEAPER) if (folder / CHEAPER).exists() else {}
+    rows = _read_table(folder / ROWS)
+    documents = _read_table(folder / DOCUMENTS) if (folder / DOCUMENTS).exists() else {}
     if head.pop("format", None) != FORMAT:
         raise KinvecError(f"{folder / MANIFEST}: not a result of this version of kinvec; evaluate again")
     if head.pop("queries", None) != len(rows["id"]):
         raise KinvecError(f"{folder}: {ROWS} is not the one that {MANIFEST} was written with; evaluate again")
-    return Result(**head, per_query=rows, documents=documents, cheaper=cheaper)
+    parts = {"per_query": rows, "documents": documents, "cheaper": cheaper}
+    return TypeAdapter(Result).validate_python(head | parts)
+
+
+def _read_table(path: Path) -> dict[str, list[Any]]:
+    """The columns of a table. Raises `KinvecError` where it would unfold beyond what a result can be."""
+    with pq.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        if file.metadata.num_rows > MOST_ROWS or sum(group.total_byte_size for group in groups) > MOST_BYTES:
+            raise KinvecError(f"{path}: more rows or bytes than a result has; evaluate again")
+        return file.read().to_pydict()
 
 
 def load_results(folder: str | Path) -> dict[str, Result]:

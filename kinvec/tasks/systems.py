@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kinvec.console import say
 from kinvec.contracts import KinvecError, RecipeError, Result
+from kinvec.files.reading import read_object
 from kinvec.tasks.several import System
 from kinvec.tasks.stored import load_results
 
@@ -116,8 +116,10 @@ def runs_of(place: Path) -> list[Path]:
     if (place / RUN_FILE).is_file():
         return [place]
     if (place / SEEDS_FILE).is_file():
-        told: dict[str, str] = json.loads((place / SEEDS_FILE).read_text("utf-8"))
-        return [place / run for run in told.values()]
+        runs = read_object(place / SEEDS_FILE).values()
+        if not all(isinstance(run, str) and (place / run).resolve().is_relative_to(place.resolve()) for run in runs):
+            raise KinvecError(f"{place / SEEDS_FILE}: names runs that are not in the folder")
+        return [place / run for run in runs]
     return []
 
 
@@ -128,9 +130,11 @@ def same_but_seed(a: Path, b: Path) -> bool:
 
 def _identity(run: Path) -> tuple[int, str]:
     """The run's seed, and all else that decides its result: settings, and inputs by content."""
-    told: dict[str, Any] = json.loads((run / RUN_FILE).read_text("utf-8"))
-    settings = dict(told.get("settings", {}))
-    seed = int(settings.pop("seed", 0))
+    told = read_object(run / RUN_FILE)
+    settings = told.get("settings", {})
+    if not isinstance(settings, dict) or not isinstance(settings.get("seed", 0), int):
+        raise KinvecError(f"{run / RUN_FILE}: holds no settings with a seed")
+    seed = settings.pop("seed", 0)
     return seed, json.dumps([settings, told.get("inputs")], sort_keys=True)
 
 

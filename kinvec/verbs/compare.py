@@ -33,15 +33,16 @@ def compare(
     data differ, `RecipeError` for an unknown metric or slice.
     """
     from kinvec import tasks
-    from kinvec.contracts import RecipeError
+    from kinvec.contracts import RecipeError, one_sentence
 
     columns = tasks.read_columns(slices) if slices is not None else {}
     if columns and not by:
         raise RecipeError(f"--slices needs --by: which of its columns ({', '.join(columns)})?")
-    return [
-        tasks.compare_systems(systems, by=metric, shown=shown, all_pairs=all_pairs, sliced=by, columns=columns)
-        for systems in tasks.systems_by_task(results)
-    ]
+    with one_sentence("the results cannot be compared", "one of them is not as kinvec writes it: evaluate it again"):
+        return [
+            tasks.compare_systems(systems, by=metric, shown=shown, all_pairs=all_pairs, sliced=by, columns=columns)
+            for systems in tasks.systems_by_task(results)
+        ]
 
 
 def command(

@@ -44,7 +44,7 @@ def evaluate(
     data or model, before anything is encoded.
     """
     from kinvec import tasks
-    from kinvec.contracts import RecipeError
+    from kinvec.contracts import RecipeError, one_sentence
     from kinvec.machine import set_threads
     from kinvec.metrics import parse_measures
 
@@ -63,7 +63,8 @@ def evaluate(
         raise RecipeError("--dimension says which dimensions --cheaper tries; add --cheaper")
     set_threads(threads)
     if embeddings is not None:
-        result = _score_vectors(Path(embeddings), data, split, measures, dimensions if cheaper else None)
+        with one_sentence(f"{embeddings}: these vectors cannot be scored", "are they whole? embed again"):
+            result = _score_vectors(Path(embeddings), data, split, measures, dimensions if cheaper else None)
     else:
         assert model is not None and data is not None
         result = _score_model(
@@ -125,6 +126,8 @@ def _score_vectors(
     if said.get("stored", "float32") != "float32":
         if cheaper is not None:
             raise RecipeError(f"{folder} holds {said['stored']} vectors; --cheaper starts from float32")
+        if Path(said["ranges"]).name != said["ranges"]:
+            raise KinvecError(f"{folder}: its manifest names '{said['ranges']}', which is not in the folder; refused")
         shards = [Restored(shard, said["stored"], np.load(folder / said["ranges"])) for shard in shards]
     qrels = _judged_queries(source) if source is not None else vectors.open_judgements(folder)
     baselines = {}

@@ -144,13 +144,15 @@ def init(
 
 
 def _from_nemo(path: Path, source: Path) -> dict[str, Any]:
+    from kinvec.contracts import one_sentence
     from kinvec.files import write_text
     from kinvec.files.sources import existing
     from kinvec.formats.nemo_recipe import collapses, read_overrides, recipe_of, write_recipe
 
-    overrides = read_overrides(existing(str(source)).read_text("utf-8"))
-    settings, left = recipe_of(overrides)
-    warnings = collapses(overrides)
+    with one_sentence(f"{source}: not the arguments of a NeMo command", "write them as key=value"):
+        overrides = read_overrides(existing(str(source)).read_text("utf-8"))
+        settings, left = recipe_of(overrides)
+        warnings = collapses(overrides)
     write_text(path, write_recipe(settings, left, warnings, str(source), str(path)))
     data = settings.get("data.train", "path/to/train.json")
     next_steps = [f"kinvec check {data}", f"kinvec train {path}"]

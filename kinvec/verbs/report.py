@@ -15,13 +15,15 @@ def report(run: str | Path, *others: str | Path, out: str | Path | None = None) 
     `comparison.html` here. So it does for the seeds of one recipe. Raises `KinvecError` where a folder is no run's, or
     they have no task in common.
     """
+    from kinvec.contracts import one_sentence
     from kinvec.files import write_text
     from kinvec.reporting import build_report, collect, collect_several, render
     from kinvec.tasks.systems import SEEDS_FILE
 
-    if others or (Path(run) / SEEDS_FILE).is_file():
-        return write_text(out or "comparison.html", render(collect_several([run, *others])))
-    return build_report(run) if out is None else write_text(out, render(collect(run)))
+    with one_sentence(f"{run}: a file of the run is not as kinvec writes it", "restore it, or take it away"):
+        if others or (Path(run) / SEEDS_FILE).is_file():
+            return write_text(out or "comparison.html", render(collect_several([run, *others])))
+        return build_report(run) if out is None else write_text(out, render(collect(run)))
 
 
 def command(
