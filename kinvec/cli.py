@@ -36,9 +36,9 @@ Exit codes: 0 done, 1 the data, the model or the machine is wrong, 2 the argumen
 
 
 INTERRUPTED = 130
+IN_STEP = ("train",)  # of several processes all do the whole of it; in other verbs they help the first
 RESUMING = ("demo", "train", "mine", "embed")  # verbs whose work is kept as it is done
 
-IN_STEP = ("train",)  # of several processes all do the whole of it; in other verbs they help the first
 
 def overview() -> str:
     """What `kinvec --help` prints."""
