@@ -282,7 +282,7 @@ def run_case(work: Work, name: str, number: int, seed: int, whole: Path, usual: 
     draw, folder = random.Random(f"{seed} {name} {number}"), whole.with_name(f"case-{number}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.with_name(f"{folder.name}.said").unlink(missing_ok=True)
-    begun, kills, lost = time.monotonic(), [], list[str]()
+    begun, kills, lost = time.monotonic(), list[dict[str, Any]](), list[str]()
     while not kills or draw.random() < AGAIN:
         seconds = draw.uniform(0, usual[0]) if draw.random() < 0.5 else None
         change, late = draw.randint(1, max(usual[1], 1)), draw.uniform(0, LATE)
