@@ -128,7 +128,7 @@ def fit(
     log_file = run / "log.jsonl" if distributed.rank() == 0 else Path(os.devnull)
     if distributed.rank() == 0:
         keep_log(log_file, state.step)
-    plan, spikes = bytes_and_budget(embedder, source, settings), Spikes(log_file)
+    plan, spikes = bytes_and_budget(whole, source, settings), Spikes(log_file)
     shares = source.plan(settings.batch_size, total) if len(source.sets) > 1 else {}
     for name, told in shares.items():
         say(f"{name}: {told['rows']:,} rows, {told['share']:.0%} of the training, {told['passes']:g} passes")
@@ -177,13 +177,15 @@ def fit(
 
 def _prepared(embedder: Embedder, settings: TrainerSettings) -> Embedder:
     """What is trained: the embedder made ready for it, or a copy whose weights are spread over the processes."""
-    copied = deepcopy(embedder) if settings.shard != "no" and distributed.world() > 1 else embedder
-    prepare(embedder, settings)
-    if copied is not embedder:
-        if embedder.language is not None:
-            raise RecipeError("trainer.shard is for objectives over embeddings; leave it out to predict tokens")
-        prepare(copied, settings)
-        distributed.spread(copied, layers(copied.backbone), settings.shard)
+    if settings.shard is None or distributed.world() == 1:
+        prepare(embedder, settings)
+        return embedder
+    if embedder.language is not None:
+        raise RecipeError("trainer.shard is for objectives over embeddings; leave it out to predict tokens")
+    copied = deepcopy(embedder)
+    for one in (embedder, copied):
+        prepare(one, settings)
+    distributed.spread(copied, layers(copied.backbone), settings.shard)
     return copied
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ranks
 import torch
@@ -210,6 +215,30 @@ def test_a_checkpoint_is_resumed_by_another_number_of_processes(
     finished(ranks.command(after, [*recipe, f"out={run}"], tmp_path / "said"))
     finished(ranks.command(1, [*recipe, f"out={tmp_path / 'one'}"], tmp_path / "said"))
     assert_close(model_of(tmp_path / "one"), model_of(run), 2e-4)
+
+
+def test_torchrun_starts_again_when_a_process_is_killed(tmp_path: Path, recipe: list[str]) -> None:
+    """The real launcher, with `--max-restarts`: one process is killed, all begin again and end as if nothing was."""
+    finished(ranks.command(2, [*recipe, f"out={tmp_path / 'whole'}"], tmp_path / "said"))
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "kinvec", *recipe, f"out={run}",
+    ]  # fmt: skip
+    with open(tmp_path / "launcher", "w") as said:
+        launcher = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log, killed = run / "log.jsonl", False
+    while launcher.poll() is None:
+        if not killed and log.exists() and log.read_bytes().count(b"\n") >= SAVED + 2:
+            workers = psutil.Process(launcher.pid).children()
+            workers[-1].kill()
+            killed = True
+        time.sleep(0.001)
+    told = (tmp_path / "launcher").read_text()
+    assert launcher.returncode == 0 and killed, told
+    assert "continuing after step" in told, told
+    whole, again = model_of(tmp_path / "whole"), model_of(run)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 # ---- led by the first ----
