@@ -108,7 +108,7 @@ def _adapter(folder: Path) -> None:
     from kinvec.embedder import open_folder
     from kinvec.folder import save_adapter
 
-    base = _tiny()
+    base = shutil.copytree(_tiny(), folder.parent / "base")
     model = open_folder(base)
     add_lora(model.backbone, LoraSettings(rank=2))
     save_adapter(model, folder, str(base))

@@ -86,7 +86,7 @@ def _archive(path: Path) -> Iterator[Callable[[], object]]:
     import kinvec
 
     archive = next(path.glob("*.nemo"))
-    yield lambda: kinvec.info(archive)
+    yield lambda: kinvec.info(str(archive))
     yield lambda: kinvec.convert(archive, path / "back")
 
 
@@ -167,7 +167,7 @@ def build(folder: Path, readers: Iterable[str] = READERS) -> Path:
 
 def targets(good: Path) -> list[str]:
     """Every file of the good folders that a reader looks at, by its place."""
-    return sorted(path.relative_to(good).as_posix() for path in good.rglob("*") if path.is_file())
+    return sorted(p.relative_to(good).as_posix() for name in READERS for p in (good / name).rglob("*") if p.is_file())
 
 
 # --- One attempt ------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def attempt(good: Path, target: str, raw: bytes, work: Path) -> list[str]:
             for call in _calls(good, target, (good / target).read_bytes(), work):
                 with contextlib.suppress(KinvecError):
                     call()
-        return [_answer(target, call, work) for call in _calls(good, target, raw, work)]
+        return [_answer(target, call, work, good) for call in _calls(good, target, raw, work)]
 
 
 def _calls(good: Path, target: str, raw: bytes, work: Path) -> Iterator[Callable[[], object]]:
@@ -198,9 +198,9 @@ def _calls(good: Path, target: str, raw: bytes, work: Path) -> Iterator[Callable
     return READERS[top](work / top)
 
 
-def _answer(target: str, call: Callable[[], object], work: Path) -> str:
+def _answer(target: str, call: Callable[[], object], work: Path, good: Path) -> str:
     try:
-        with guarded(work):
+        with guarded(work, good):
             call()
     except Broken:
         raise
@@ -223,6 +223,7 @@ def _checked(target: str, error: KinvecError) -> str:
     return said
 
 
+HUB = os.path.realpath(os.path.expanduser("~/.cache/huggingface"))  # where the hub's client looks when it is asked
 RUNS = re.compile(r"os\.(system|exec|fork|forkpty|posix_spawn|startfile)|subprocess\.Popen|pty\.spawn|socket\.connect")
 CHANGES = re.compile(r"os\.(remove|rename|rmdir|mkdir|link|symlink|chmod|chown|truncate|utime)|shutil\.\w+")
 READABLE = (
@@ -235,9 +236,10 @@ READABLE = (
     sys.prefix,
     sys.base_prefix,
     str(ROOT),
+    HUB,
 )
 _warm: set[str] = set()  # readers that have been used
-_place: list[Path] = []  # the folder of the attempt under way
+_place: list[Path] = []  # the folder of the attempt under way, and the base of its adapter
 _seen: list[str] = []  # what it was caught at
 
 
@@ -250,9 +252,10 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     elif event == "open" and isinstance(arguments[0], str | bytes):
         path, mode, flags = arguments
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) if mode is None else set("wax+") & set(mode)
-        _inside(os.fsdecode(path), event, () if writes else READABLE)
+        _inside(os.fsdecode(path), event, () if writes else (*READABLE, str(_place[1])))
     elif CHANGES.fullmatch(event):
-        _inside(os.fsdecode(arguments[0]), event, ())
+        folder = f"/proc/self/fd/{arguments[-1]}" if arguments[-1] != -1 else ""  # a relative name's, where it has one
+        _inside(os.path.join(folder, os.fsdecode(arguments[0])), event, ())
 
 
 def _inside(name: str, event: str, more: tuple[str, ...]) -> None:
@@ -268,8 +271,11 @@ def _caught(what: str) -> None:
 
 
 @contextlib.contextmanager
-def guarded(work: Path) -> Iterator[None]:
-    """Inside, nothing may run, nothing outside `work` be read or changed, and time and memory are bounded."""
+def guarded(work: Path, good: Path) -> Iterator[None]:
+    """Inside, nothing may run, nothing outside `work` be read or changed, and time and memory are bounded.
+
+    What may be read besides is the base of an adapter, which lies among the good folders.
+    """
     if "watching" not in globals():
         globals()["watching"] = True  # a hook cannot be taken off again
         sys.addaudithook(_watch)
@@ -281,7 +287,7 @@ def guarded(work: Path) -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _seen.clear()
-    _place.append(work.resolve())
+    _place[:] = [work.resolve(), (good / "base").resolve()]
     resource.setrlimit(resource.RLIMIT_AS, (in_use + BYTES, limits[1]))
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
@@ -291,8 +297,8 @@ def guarded(work: Path) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, limits)
         _place.clear()
-    if _seen:  # and somebody caught it
-        raise Broken(_seen[0])
+        if _seen:  # and somebody caught it
+            raise Broken(_seen[0])
 
 
 @contextlib.contextmanager

@@ -120,6 +120,14 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good folder for every reader of kinvec, for tests to damage."""
+    from targets import build
+
+    return build(tmp_path_factory.mktemp("good"))
+
+
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """The command in this process: exit code, and what it printed."""

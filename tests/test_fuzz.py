@@ -8,17 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from targets import READERS, attempt, build, damaged, targets
+from targets import READERS, attempt, damaged, targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EXAMPLES = {"run": 4, "seeds": 4, "archive": 6}  # slow ones; of the others:
-OTHERS = 12
-
-
-@pytest.fixture(scope="session")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("good"))
+EXAMPLES = {"run": 4, "seeds": 4, "archive": 3}  # slow ones; of the others:
+OTHERS = 8
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from targets import attempt, build
+from targets import attempt
 
 from kinvec.contracts import KinvecError
 from kinvec.files import open_data, records
@@ -25,13 +25,6 @@ class Surprise:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch surprised",)
-
-
-@pytest.fixture(scope="session")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(
-        tmp_path_factory.mktemp("good"), ["model", "decoder", "adapter", "vectors", "stored", "saved", "seeds"]
-    )
 
 
 def with_values(**values: Any) -> Callable[[bytes], bytes]:
@@ -101,9 +94,6 @@ HOSTILE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "shards that are a device": (
         "decoder/model.safetensors.index.json", with_values(weight_map={"x": "/dev/zero"}), "is no file beside it"
     ),
-    "an adapter of itself": (
-        "adapter/kinvec.json", lambda raw: json.dumps(json.loads(raw) | {"base": "adapter"}).encode(), "."
-    ),
     "ranges elsewhere": ("stored/manifest.json", with_values(ranges="../vectors/doc.npy"), "not in the folder"),
     "shards of data elsewhere": (
         "saved/test/state.json", with_values(_data_files=[{"filename": "../../x.arrow"}]), "is no file beside it"
@@ -149,6 +139,14 @@ def refuses(folder: Path, says: str) -> None:
 
     with pytest.raises(KinvecError, match=says):
         kinvec.Embedder.load(folder)
+
+
+def test_an_adapter_of_itself_is_refused(good: Path, tmp_path: Path) -> None:
+    adapter = of_good(good, "adapter", tmp_path)
+    (adapter / "kinvec.json").unlink()
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(said | {"base_model_name_or_path": str(adapter)}))
+    refuses(adapter, "is an adapter again")
 
 
 def test_a_device_or_a_pipe_in_a_folder_is_not_read(good: Path, tmp_path: Path) -> None:
