@@ -60,7 +60,7 @@ class Work:
     unsteady: dict[str, Callable[[Path], Any]] = field(default_factory=dict)
 
 
-def prepare(folder: Path, rows: int = 400) -> dict[str, Work]:
+def prepare(folder: Path, rows: int = 400, steps: int = 40) -> dict[str, Work]:
     """The inputs, tiny but real: a BERT, judged queries over a corpus, and pairs; the four verbs, convert both ways."""
     import kinvec
 
@@ -81,7 +81,7 @@ def prepare(folder: Path, rows: int = 400) -> dict[str, Work]:
     if not (folder / "model.nemo").is_file():
         kinvec.convert(folder / "model", folder / "model.nemo")
     model, beir = f"--model={folder / 'model'}", folder / "beir"
-    settings = ("max_steps=40", "batch_size=8", "save_every=3", "eval_every=7", "keep=1", "lr=1e-3")
+    settings = (f"max_steps={steps}", "batch_size=8", "save_every=3", "eval_every=7", "keep=1", "lr=1e-3")
     return {
         "train": Work(
             ("train", f"model={folder / 'model'}", "threads=1", "precision=fp32",

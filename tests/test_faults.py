@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from test_trainer import log_of, run_fit
+from tiny_models import WORDS, save_plain
 from torch import Tensor
 
 from kinvec import checkpoint
@@ -135,3 +140,33 @@ def test_each_data_set_has_its_own_usual_loss(tmp_path: Path) -> None:
     assert spikes_of(losses, tmp_path, names) == []
     losses[150] = 1.0  # usual for neither: low for the one, high for the other whose turn it is
     assert spikes_of(losses, tmp_path, names) == [151]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns where there are threads
+def test_where_memory_really_ends_the_chunk_is_halved_and_the_loss_is_the_same(tmp_path: Path) -> None:
+    """A process that may take 400 MiB more; one chunk of all texts would need 1 GiB for its graph."""
+    draw = random.Random(0)
+    with open(tmp_path / "pairs.jsonl", "w") as file:
+        for _ in range(200):
+            query, document = (" ".join(draw.choices(WORDS, k=count)) for count in (40, 60))
+            file.write(json.dumps({"query": query, "pos_doc": document}) + "\n")
+    save_plain("bert", tmp_path / "model", "bert", max_length=64, hidden_size=64, intermediate_size=2048)
+    settings: dict[str, Any] = {"batch_size": 200, "max_steps": 1, "dropout": 0.0, "chunk_tokens": 1 << 16}
+    settings["memory_budget"] = "1B"  # no graph is kept from chunk to chunk
+
+    def halvings(name: str, more: int) -> int:
+        """In a process of its own, whose memory ends so many bytes above what it has now."""
+        child = os.fork()
+        if child == 0:
+            try:
+                most = psutil.Process().memory_info().vms + more if more else resource.RLIM_INFINITY
+                resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+                _, found = run_fit(tmp_path / name, tmp_path / "model", tmp_path / "pairs.jsonl", **settings)
+                os._exit(len(found["halvings"]))
+            finally:
+                os._exit(99)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert halvings("calm", 0) == 0 and 1 <= halvings("tight", 400 << 20) < 10
+    losses, expected = ([row["loss"] for row in log_of(tmp_path / name)] for name in ("tight", "calm"))
+    assert losses == pytest.approx(expected, rel=1e-5)
