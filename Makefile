@@ -37,7 +37,7 @@ check: setup
 docs: setup
 	$(BIN)/python scripts/docs.py
 
-# Every reader against damaged files, guided by coverage: so many seconds for each of the targets.
+# Every reader against damaged files, guided by coverage: so many seconds for each.
 SECONDS ?= 60
 fuzz: setup
 	@$(PIP) --no-build-isolation --editable '.[fuzz]'
