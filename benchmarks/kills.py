@@ -39,6 +39,7 @@ from kinvec import checkpoint  # noqa: E402
 from kinvec.embedder import open_folder  # noqa: E402
 from kinvec.files import content_fingerprint, vectors  # noqa: E402
 
+command_line.WAIT = 1800.0  # seconds for a run to the end: others may be at work here
 AGAIN = 0.3  # chance that the command that goes on is killed, too
 LATE = 0.004  # seconds after a change within which a kill comes
 

@@ -57,9 +57,7 @@ def embed(
     vectors.refuse_foreign(folder)
     set_threads(threads)
     content = {side: _fingerprint(source) for side, (source, _) in sources.items()} | form
-    load = partial(
-        open_encoder, str(model), precision=precision, device=device, prompts=prompts, api_model=api_model
-    )  # fmt: skip
+    load = partial(open_encoder, str(model), precision=precision, device=device, prompts=prompts, api_model=api_model)
     state, encoder = None if force else vectors.read_state(folder), None
     if state is not None:
         encoder = load()
