@@ -138,7 +138,8 @@ def write_state(folder: Path, state: Mapping[str, Any], spread: bool = False) ->
     """Write tensors (and other values) by name as a torch distributed checkpoint, of one process or of all."""
     with saying_full(folder, sum(getattr(value, "nbytes", 0) for value in state.values())), _one_process():
         try:
-            dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(folder), no_dist=not spread)
+            group = distributed.beside() if spread else None
+            dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(folder), process_group=group, no_dist=not spread)
         except CheckpointException as error:  # it wraps what the one rank met
             cause, _ = next(iter(error.failures.values()))
             raise cause from None

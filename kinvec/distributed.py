@@ -33,15 +33,24 @@ Made = TypeVar("Made")
 # --- Who is who -------------------------------------------------------------------------------------------------------
 
 
+_beside: Any = None
+
+
 def start() -> None:
     """Join the others, if `torchrun` started several. Ranks after 0 say and print nothing, errors aside."""
+    global _beside
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     if cuda := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    store, rank, world, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # The launcher's store outlives a restart, and would tell the new processes where the dead ones were.
+    fresh = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=PATIENCE)
+    _beside = dist.new_group(backend="gloo", timeout=PATIENCE)
     atexit.register(dist.destroy_process_group)
-    if dist.get_rank():
+    if rank:
         console.silent = True
         sys.stdout = open(os.devnull, "w")
 
@@ -105,7 +114,12 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def wait() -> None:
     """Until all processes are here."""
     if world() > 1:
-        dist.barrier()
+        dist.barrier(beside())
+
+
+def beside() -> Any:
+    """The processes as a group of their own, for what is written while the training goes on."""
+    return _beside
 
 
 def in_turn(work: Callable[[], Made]) -> Made:

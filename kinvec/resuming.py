@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,14 +37,38 @@ class Progress:
     seconds: float = 0.0
 
 
-def save(run: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state: Progress, keep: int) -> None:
-    """Write a checkpoint of the run; of the older ones the best stay, and the newest, `keep` with this one.
+Save = Callable[[Embedder, torch.optim.Optimizer, Progress], None]
 
-    Rank 0 writes, or all processes do where the weights are spread over them.
+
+@contextmanager
+def saving(run: Path, keep: int) -> Iterator[Save]:
+    """`save(embedder, optimizer, state)` copies all that a checkpoint holds and writes it while the training goes on.
+
+    One at a time; when the block is left, the last one is written. Of the older ones the best stay, and the newest,
+    `keep` with this one. Rank 0 writes, or all processes do where the weights are spread over them. What goes wrong is
+    raised by the next `save`, or at the end.
     """
-    folder, tensors = run / "checkpoints", _tensors(embedder, optimizer)
-    if distributed.rank() and not any(map(distributed.sharded, tensors.values())):
-        return
+    pending: list[Future[None]] = []
+
+    def finish() -> None:
+        while pending:
+            pending.pop().result()
+
+    def save(embedder: Embedder, optimizer: torch.optim.Optimizer, state: Progress) -> None:
+        finish()
+        tensors = _tensors(embedder, optimizer)
+        if distributed.rank() == 0 or any(map(distributed.sharded, tensors.values())):
+            copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            pending.append(pool.submit(_write, run / "checkpoints", copies, deepcopy(state), keep))
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield save
+        finally:
+            finish()
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], state: Progress, keep: int) -> None:
     older = [step for step, _ in checkpoint.steps(folder) if step < state.step]  # later ones were damaged
     newest = older[-(keep - 1) :] if keep > 1 else []
     kept = {*newest, state.best_step, *(one["step"] for one in state.best)}

@@ -37,11 +37,11 @@ from kinvec.gradcache import backward
 from kinvec.machine import release_pages
 from kinvec.mixing import Mixture, Step
 from kinvec.planner import CHUNK_TOKENS, chunks_to_keep, memory_budget, parse_bytes, saved_bytes_per_token
-from kinvec.resuming import Progress, keep_log, restore_best, resume, save
+from kinvec.resuming import Progress, keep_log, restore_best, resume, saving
 from kinvec.tracking import open_trackers
 
 SMALLEST_CHUNK = 64  # tokens; out of memory below it, halving will not help
-GROWTH = 1.2  # of memory over a training: kept pages fragment, and are released when they are so much more
+GROWTH = 1.5  # of memory over a training: kept pages fragment, and are released when they are so much more
 
 
 class TrainerSettings(Settings):
@@ -134,7 +134,12 @@ def fit(
         say(f"{name}: {told['rows']:,} rows, {told['share']:.0%} of the training, {told['passes']:g} passes")
     _warn_of_schedule(total, settings)
     trackers, held = open_trackers(list(settings.trackers) if distributed.rank() == 0 else [], run), 0.0
-    with _stopping() as stopped, progress("training", total, state.step) as bar, open(log_file, "a") as log:
+    with (
+        _stopping() as stopped,
+        saving(run, settings.keep) as save,
+        progress("training", total, state.step) as bar,
+        open(log_file, "a") as log,
+    ):
         while state.step < total and not (settings.early_stop and state.stale >= settings.early_stop):
             begun = time.perf_counter()
             asked = source.step(state.step, settings.batch_size)
@@ -159,7 +164,7 @@ def fit(
             # Asked once: a signal that comes while this is saved waits for the next step.
             stop = distributed.total(stopped()) > 0
             if due or state.step % settings.save_every == 0 or state.step == total or stop:
-                save(run, embedder, optimizer, state, settings.keep)
+                save(embedder, optimizer, state)
             bar.advance(1, _note(row))
             if stop:
                 raise KeyboardInterrupt
@@ -354,6 +359,7 @@ def bytes_and_budget(embedder: Embedder, source: Mixture, settings: TrainerSetti
     """(bytes a token, budget): what decides how many chunks keep their graphs."""
     chunks, *_ = step_chunks(embedder, source.step(0, min(settings.batch_size, max(16, len(source.sets)))), 2048)
     bytes_per_token = saved_bytes_per_token(embedder, _embed(embedder), chunks[-1])
+    release_pages()  # what evaluation has left in pieces
     budget = memory_budget(settings.memory_budget, embedder.device)
     return bytes_per_token, int(distributed.least(budget / distributed.here()))
 
