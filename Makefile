@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Test processes of one thread each: on two cores twice as fast as one process of two threads.
 WORKERS ?= 2
 
-.PHONY: setup demo test check docs fuzz bench kills published intervals ladder models chromium constraints
+.PHONY: setup demo test check docs fuzz bench kills soak scaling published intervals ladder models chromium constraints
 
 setup: $(SETUP)
 
@@ -47,6 +47,12 @@ bench: setup
 	$(BIN)/python benchmarks/speed.py
 
 # Four verbs killed at 50 random moments each; stopped, the same command goes on.
+soak: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py
+
+scaling: setup
+	$(BIN)/python benchmarks/scaling.py
+
 kills: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/kills.py
 
