@@ -12,6 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+SCORES = 2**24  # held at a time: 64 MiB; a batch of 4,096 is one block
 
 
 def info_nce(
@@ -26,10 +29,22 @@ def info_nce(
     """The contrastive loss of van den Oord et al. 2018 over cosine similarities.
 
     Query i should find document `targets[i]` among all documents that are not `excluded[i]`. The loss is the mean of
-    the cross-entropies weighted by `weights`. `excluded[i, targets[i]]` must be False.
+    the cross-entropies weighted by `weights`. `excluded[i, targets[i]]` must be False. Of larger batches the scores are
+    computed for some queries at a time, and again for their gradients: beside `excluded`, a byte a pair, memory is
+    O((B + N) d).
     """
-    scores = _cosine(queries, documents) / temperature
-    losses = _cross_entropy(scores.masked_fill(excluded, float("-inf")), targets, label_smoothing)
+    queries, documents = functional.normalize(queries, dim=-1), functional.normalize(documents, dim=-1)
+
+    def some(queries: Tensor, targets: Tensor, excluded: Tensor) -> Tensor:
+        scores = queries @ documents.T / temperature
+        return _cross_entropy(scores.masked_fill(excluded, float("-inf")), targets, label_smoothing)
+
+    rows = max(1, SCORES // len(documents))
+    blocks = list(zip(queries.split(rows), targets.split(rows), excluded.split(rows), strict=True))
+    if len(blocks) == 1:
+        losses = some(queries, targets, excluded)
+    else:
+        losses = torch.cat([checkpoint(some, *block, use_reentrant=False) for block in blocks])
     return (losses * weights).sum() / weights.sum()
 
 

@@ -264,8 +264,13 @@ def _step(
             loss, lengths, measures = _gradients(embedder, asked, state.chunk_tokens, (plan[0], budget))
             break
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error) or distributed.world() > 1:  # the others wait for what will not come
+            if not _out_of_memory(error):
                 raise
+            if distributed.world() > 1:  # the others wait for what will not come
+                raise KinvecError(
+                    f"out of memory at step {state.step + 1} in process {distributed.rank()} of several; lower "
+                    f"trainer.chunk_tokens (now {state.chunk_tokens}) or trainer.memory_budget, and start again"
+                ) from error
             if state.chunk_tokens < SMALLEST_CHUNK:
                 raise KinvecError(
                     f"out of memory at step {state.step + 1} even in chunks of {state.chunk_tokens} tokens; lower "

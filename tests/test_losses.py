@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from tiny_models import WORDS
 from torch import Tensor
 
+from kinvec import losses
 from kinvec.contracts import KinvecError, RecipeError
 from kinvec.embedder import Embedder
 from kinvec.losses import info_nce, info_nce_both_ways
@@ -110,6 +111,25 @@ def test_gradients_are_right_and_excluded_documents_get_none(loss: Any, smoothin
     value(queries, documents).backward()
     assert documents.grad is not None
     assert (documents.grad[4] == 0).all() and (documents.grad[:4].abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize("loss", [info_nce, info_nce_both_ways])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_a_large_batch_in_blocks_is_the_batch_in_one(loss: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients, when the scores of some queries are held at a time, the last block smaller."""
+    torch.manual_seed(rows)
+    start = [torch.randn(10, 8), torch.randn(15, 8)]
+    targets, excluded = torch.randperm(10), torch.rand(10, 15) < 0.3
+    excluded[torch.arange(10), targets] = False
+    found = {}
+    for held in (2**24, rows * 15):
+        monkeypatch.setattr(losses, "SCORES", held)
+        vectors = [side.clone().requires_grad_() for side in start]
+        value = loss(*vectors, targets, excluded, torch.rand(10, generator=torch.Generator().manual_seed(0)), 0.1, 0.2)
+        value.backward()
+        found[held] = [value.detach(), *(side.grad for side in vectors)]
+    for whole, blocks in zip(*found.values(), strict=True):
+        torch.testing.assert_close(blocks, whole, rtol=1e-5, atol=1e-7)
 
 
 def test_excluding_everything_else_leaves_nothing_to_learn() -> None:

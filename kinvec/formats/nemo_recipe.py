@@ -105,8 +105,8 @@ WITHOUT: dict[str, str] = {  # pattern → why it has no counterpart
     "model.*process": "of NeMo's own code",
     "exp_manager.resume*": "the same command always continues",
     "exp_manager.wandb_logger_kwargs.*": "set WANDB_PROJECT and WANDB_NAME",
-    "trainer.devices": "training runs in one process so far",
-    "trainer.num_nodes": "training runs in one process so far",
+    "trainer.devices": "start several by torchrun --nproc-per-node N -m kinvec train RECIPE",
+    "trainer.num_nodes": "start several by torchrun --nnodes N -m kinvec train RECIPE, see docs/scaling.md",
     "*num_sanity_val_steps": "there is no trial evaluation",
 }
 PROMPTS = {"query": "query: ", "document": "passage: "}
