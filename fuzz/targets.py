@@ -217,7 +217,7 @@ def _answer(target: str, call: Callable[[], object], work: Path, good: Path) -> 
 def _checked(target: str, error: KinvecError) -> str:
     said = str(error)
     lines = said.split("\n") if isinstance(error, RecipeError) else [said]
-    if not said or len(said) > LONGEST_SENTENCE or not all(line.isprintable() for line in lines):
+    if not said or not all(line.isprintable() and len(line) <= LONGEST_SENTENCE for line in lines):
         raise Broken(f"{target}: no clear sentence: {said[:300]!r}") from error
     if "allocate memory" in said:
         raise Broken(f"{target}: memory without bound: {said[:300]!r}") from error

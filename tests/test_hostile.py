@@ -112,6 +112,7 @@ HOSTILE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "layers copied": ("adapter/adapter_config.json", with_values(layer_replication=[[0, 10**6]]), "layer_replication"),
     "a pattern without end": ("adapter/adapter_config.json", with_values(target_modules="(.+)+x"), "take for ever"),
     "settings without end": ("model/config.json", lambda _: b'{"a":' * 100_000, "nested too deeply"),
+    "a manifest without end": ("checkpoint/step-00000003/manifest.json", lambda _: b"[" * 5000, "damaged"),
     "an array of exabytes": ("vectors/doc.npy", array_head(f"({1 << 50}, 8)"), "NumPy array"),
     "an array of objects": ("vectors/doc.npy", array_head("(1, 1)", "|O"), "NumPy array"),
     "an array of a number": ("vectors/doc.npy", array_head("()"), "no rows of numbers"),
@@ -197,6 +198,14 @@ def test_a_row_without_end_ends_the_reading(
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(KinvecError, match=says):
         open_data(tmp_path / name, skip_bad=True)
+
+
+def test_a_broken_name_of_a_column_is_noted(tmp_path: Path) -> None:
+    """What is wrong with a row is kept in a file beside the rows, which takes no half of a surrogate pair."""
+    rows = ['{"query": "q", "pos_doc": "d"}', '{"query": "q", "\\ud800": "d"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    table = open_data(tmp_path / "rows.jsonl", skip_bad=True)
+    assert len(table) == 1 and "\\ud800" in str(table.problems[0])
 
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kinvec.contracts import KinvecError
+from kinvec.contracts import KinvecError, presentable
 
 KEPT_PER_RULE = 20  # problems kept with their place; all are counted
 REMEDY = "correct it, or drop such rows with --skip-bad (train: data.skip_bad=true)"
@@ -25,6 +25,7 @@ class DataError(KinvecError):
     """A place in a data file that is wrong. Reads as `file.jsonl:27: what it is; what to do`."""
 
     def __init__(self, rule: str, file: str, line: int, message: str, remedy: str = REMEDY) -> None:
+        message = presentable(message)  # it is kept beside the rows as well
         where = f"{file}:{line}" if line else file
         super().__init__(f"{where}: {message}" + (f"; {remedy}" if remedy else ""))
         self.rule, self.file, self.line, self.message, self.remedy = rule, file, line, message, remedy

@@ -142,7 +142,7 @@ def read_written(path: str | Path) -> Any:
     """The value of a JSON file of ours; None where there is none, or it is damaged, for it to be made again."""
     try:
         return json.loads(Path(path).read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 
