@@ -130,16 +130,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", nargs="+", help="one arm, in this process: who, batch, steps, mini-batch")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="steps of the large batch; of one, that one is timed")
     parser.add_argument("--peer", type=int, default=512, help="the batch of the peer; its cost a pair hardly depends")
     options = parser.parse_args()
     if options.arm:
         who, batch, steps, mini = (*options.arm, "0")[:4]
         print(json.dumps(arm(who, int(batch), int(steps), int(mini))))
         return
-    tried = {mini: measured("peer", options.peer, 2, mini) for mini in (32, 64, 128)}
+    tried = {mini: measured("peer", options.peer, 1, mini) for mini in (32, 128)}
     mini = min(tried, key=lambda size: tried[size]["ms_per_pair"])
     arms = {
-        "kinvec 64": ("kinvec", SMALL, 24, 0), "kinvec 4096": ("kinvec", LARGE, 2, 0),
+        "kinvec 64": ("kinvec", SMALL, 16, 0), "kinvec 4096": ("kinvec", LARGE, options.steps, 0),
         f"peer {options.peer}, mini-batch {mini}": ("peer", options.peer, 2, mini),
     }  # fmt: skip
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in arms}

@@ -43,9 +43,10 @@ from kinvec.trainer import (
     step_chunks,
 )
 
-SECONDS = 8.0  # that the model runs for the forecast of the training, about; half as long for that of an evaluation
+SECONDS = 12.0  # that the model runs for the forecast of the training, about; half as long for that of an evaluation
 WARM_TOKENS = 2048
 POINTS = 3  # lengths of text at which the model is timed
+UNTIL_GROWN = 18  # chunks after which freed memory is in as many pieces as the trainer bears (docs/experiments.md)
 STEPS = 12  # steps of the training whose lengths are looked at
 SAMPLE = 2000  # texts whose lengths stand for all that are encoded
 WORDS = 64  # of a text, that the stand-in reads
@@ -230,7 +231,8 @@ def training(embedder: Embedder, source: Mixture, settings: TrainerSettings) -> 
     predicts = steps[0][0].objective.ask is not None
     memory = fixed | _activations(chunks, shapes, most[0] - before - gradients, scored, predicts)
     if embedder.device.type == "cpu":
-        memory["fragments"] = int((GROWTH - 1) / 2 * sum(memory.values()))
+        passes = total * np.mean([len(kept) + 2 * len(again) for kept, again in shapes])
+        memory["fragments"] = int((GROWTH - 1) * min(passes / UNTIL_GROWN, 1) * sum(memory.values()))
     tokens = sum(sum(one.lengths) for one in chunks)
     return {
         "steps": total, "evaluations": math.ceil(total / every) if every else 0, "batch_size": settings.batch_size,
