@@ -89,14 +89,15 @@ def main() -> None:
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     columns: dict[str, Any] = {key: np.array([row[key] for row in rows], dtype=float) for key in rows[0]}
     hours = columns.pop("seconds") / 3600
-    told = {"rounds": len(rows), "hours": float(hours[-1])} | {key: growth(v, hours) for key, v in columns.items()}
-    memory = told["mib"]
-    grows = memory["low"] > 0 and memory["slope_per_hour"] > 0.01 * memory["first"]
-    told |= {"memory_grows": grows, "files_grow": bool(columns["files"][-1] > columns["files"][1])}
+    found = {key: growth(values, hours) for key, values in columns.items()}
+    memory, files = found["mib"], columns["files"]
+    grows = [memory["low"] > 0 and memory["slope_per_hour"] > 0.01 * memory["first"], bool(files[-1] > files[1])]
+    told = {"rounds": len(rows), "hours": float(hours[-1]), **found}
+    told |= {"memory_grows": grows[0], "files_grow": grows[1]}
     out = HERE / "results" / f"soak-{date.today().isoformat()}.json"
     out.write_text(json.dumps(told | {"each": rows}, indent=2) + "\n", "utf-8")
     print(json.dumps(told, indent=2))
-    sys.exit(told["memory_grows"] or told["files_grow"])
+    sys.exit(any(grows))
 
 
 if __name__ == "__main__":

@@ -236,8 +236,8 @@ def refuse_damaged(folder: Path) -> None:
         return
     if names := damaged(folder, {name: noted[name] for name in _sealed(folder) if name in noted}):
         raise KinvecError(
-            f"{folder / names[0]}: damaged (its checksum is not the one in kinvec.json); make the model again or restore "
-            "the file, and if you have replaced it yourself, take 'checksums' out of kinvec.json"
+            f"{folder / names[0]}: damaged (its checksum is not the one in kinvec.json); make the model again or "
+            "restore the file, and if you have replaced it yourself, take 'checksums' out of kinvec.json"
         )
 
 

@@ -231,8 +231,8 @@ def training(embedder: Embedder, source: Mixture, settings: TrainerSettings) -> 
     predicts = steps[0][0].objective.ask is not None
     memory = fixed | _activations(chunks, shapes, most[0] - before - gradients, scored, predicts)
     if embedder.device.type == "cpu":
-        passes = total * np.mean([len(kept) + 2 * len(again) for kept, again in shapes])
-        memory["fragments"] = int((GROWTH - 1) * min(passes / UNTIL_GROWN, 1) * sum(memory.values()))
+        passes = total * float(np.mean([len(kept) + 2 * len(again) for kept, again in shapes]))
+        memory["fragments"] = int((GROWTH - 1) * min(passes / UNTIL_GROWN, 1.0) * sum(memory.values()))
     tokens = sum(sum(one.lengths) for one in chunks)
     return {
         "steps": total, "evaluations": math.ceil(total / every) if every else 0, "batch_size": settings.batch_size,

@@ -118,21 +118,14 @@ def fit(
     total = settings.max_steps or math.ceil(settings.epochs * steps_per_epoch)
     every = steps_per_epoch if settings.eval_every is None else settings.eval_every
     whole, embedder = embedder, _prepared(embedder, settings)
-    noisy = [part.objective.name for part in source.sets if part.objective.noisy]
-    if noisy and not has_dropout(embedder):
-        raise RecipeError(
-            f"{noisy[0]} needs dropout: it makes two embeddings of a text differ; set trainer.dropout=0.1"
-        )
+    _need_dropout(embedder, source)
     optimizer = make_optimizer(embedder, settings)
     state = resume(run, embedder, optimizer, settings.chunk_tokens)
     log_file = run / "log.jsonl" if distributed.rank() == 0 else Path(os.devnull)
     if distributed.rank() == 0:
         keep_log(log_file, state.step)
     plan, spikes = bytes_and_budget(whole, source, settings), Spikes(log_file)
-    shares = source.plan(settings.batch_size, total) if len(source.sets) > 1 else {}
-    for name, told in shares.items():
-        say(f"{name}: {told['rows']:,} rows, {told['share']:.0%} of the training, {told['passes']:g} passes")
-    _warn_of_schedule(total, settings)
+    shares = _announce(source, total, settings)
     trackers, held = open_trackers(list(settings.trackers) if distributed.rank() == 0 else [], run), 0.0
     with (
         _stopping() as stopped,
@@ -144,8 +137,7 @@ def fit(
             begun = time.perf_counter()
             asked = source.step(state.step, settings.batch_size)
             rate = learning_rate(state.step, total, settings)
-            if distributed.world() > 1:  # dropout masks of its own in every process, whatever happened before
-                torch.manual_seed(seed + 1_000_003 * (state.step * distributed.world() + distributed.rank() + 1))
+            _draw_anew(seed, state.step)
             row = _step(embedder, asked, optimizer, rate, settings, state, plan, run)
             row |= _of_sets(asked, row["loss"])
             state.step += 1
@@ -172,12 +164,39 @@ def fit(
         restore_best(run, embedder, state)
     if whole is not embedder:
         distributed.gather(embedder, whole)
+    return _summary(state, plan[0], shares)
+
+
+def _need_dropout(embedder: Embedder, source: Mixture) -> None:
+    noisy = [part.objective.name for part in source.sets if part.objective.noisy]
+    if noisy and not has_dropout(embedder):
+        raise RecipeError(
+            f"{noisy[0]} needs dropout: it makes two embeddings of a text differ; set trainer.dropout=0.1"
+        )
+
+
+def _draw_anew(seed: int, step: int) -> None:
+    """Of several processes each draws dropout masks of its own, which depend on nothing that happened before."""
+    if distributed.world() > 1:
+        torch.manual_seed(seed + 1_000_003 * (step * distributed.world() + distributed.rank() + 1))
+
+
+def _summary(state: Progress, bytes_per_token: float, shares: dict[str, Any]) -> dict[str, Any]:
     return {
         "steps": state.step, "seconds": round(state.seconds, 2), "best_step": state.best_step or state.step,
         "best_score": state.best_score if state.best_step else None, "best": state.best,
-        "chunk_tokens": state.chunk_tokens, "halvings": state.halvings, "bytes_per_token": round(plan[0]),
+        "chunk_tokens": state.chunk_tokens, "halvings": state.halvings, "bytes_per_token": round(bytes_per_token),
         **({"sets": shares} if shares else {}),
     }  # fmt: skip
+
+
+def _announce(source: Mixture, total: int, settings: TrainerSettings) -> dict[str, Any]:
+    """Say what each of several data sets has for a share, and what is odd in the schedule; the shares."""
+    shares = source.plan(settings.batch_size, total) if len(source.sets) > 1 else {}
+    for name, told in shares.items():
+        say(f"{name}: {told['rows']:,} rows, {told['share']:.0%} of the training, {told['passes']:g} passes")
+    _warn_of_schedule(total, settings)
+    return shares
 
 
 def _prepared(embedder: Embedder, settings: TrainerSettings) -> Embedder:

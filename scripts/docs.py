@@ -71,6 +71,7 @@ PAGES = {"docs/cli.md": cli_page, "docs/recipe.md": recipe_page, "docs/recipe.sc
 
 def _row(key: str, kind: str, default: Any, text: str) -> str:
     kind = re.sub(r"Literal\[([^]]*)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), kind)
+    kind = re.sub(r"Optional\[(.*)\]", r"\1", kind)
     shown = "unset" if default is None else f"`{json.dumps(default, ensure_ascii=False)}`"
     cells = (f"`{key}`", f"`{kind.replace(' | None', '')}`", shown, _paragraph(text))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
