@@ -120,7 +120,7 @@ def main() -> None:
             plan, real = planned(words, folder), happened(words, folder, f"run-{number}")
             training = plan["training"]
             pairs = {
-                "peak": (training["peak"], real["peak"]), "training": (training["seconds"], real["seconds"]),
+                "peak": (plan["peak"], real["peak"]), "training": (training["seconds"], real["seconds"]),
                 **({"whole": (plan["seconds"], real["whole"])} if plan["evaluation"] else {}),
             }  # fmt: skip
             rows[setting] = {

@@ -153,13 +153,15 @@ class StandIn:
         return out
 
 
-def evaluation(embedder: Embedder, evaluate: Callable[[Encoder], object]) -> float:
-    """Seconds that `evaluate` will take with the embedder: what it does besides encoding, and what it has encoded."""
+def evaluation(embedder: Embedder, evaluate: Callable[[Encoder], object]) -> tuple[float, int]:
+    """Seconds and peak bytes of `evaluate` with the embedder: its encoding, and what it does besides."""
     stand_in = StandIn(embedder)
-    begun = time.perf_counter()
-    evaluate(stand_in)
-    besides = time.perf_counter() - begun - sum(stand_in.seconds)
-    return besides + _encoding(embedder, stand_in.asked)
+    with peak(embedder.device) as most:
+        begun = time.perf_counter()
+        evaluate(stand_in)
+        besides = time.perf_counter() - begun - sum(stand_in.seconds)
+        encoding = _encoding(embedder, stand_in.asked)
+    return besides + encoding, most[0]
 
 
 def _encoding(embedder: Embedder, asked: Sequence[tuple[Sequence[str], str]]) -> float:
@@ -378,15 +380,19 @@ def _loss(embedder: Embedder, asked: Step) -> tuple[float, int]:
 # --- The whole --------------------------------------------------------------------------------------------------------
 
 
-def whole(embedder: Embedder, trained: Mapping[str, Any], evaluated: Mapping[str, float]) -> dict[str, Any]:
-    """The forecast of a run: of its training, its evaluations (`base`, `tuned`, one on `dev`), and all together."""
+def whole(embedder: Embedder, trained: Mapping[str, Any], evaluated: Mapping[str, tuple[float, int]]) -> dict[str, Any]:
+    """The forecast of a run: of its training, its evaluations (`base`, `tuned`, one on `dev`), and all together.
+
+    `evaluated` has seconds and peak bytes of each.
+    """
     times = {"base": 1, "dev": trained["evaluations"], "tuned": 1}
-    seconds = trained["seconds"] + sum(times[name] * value for name, value in evaluated.items())
-    where = {
+    return {
         "model": embedder.name, "device": str(embedder.device), "precision": embedder.precision,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "training": dict(trained),
+        "evaluation": {name: seconds for name, (seconds, _) in evaluated.items()},
+        "seconds": trained["seconds"] + sum(times[name] * seconds for name, (seconds, _) in evaluated.items()),
+        "peak": max([trained["peak"], *(most for _, most in evaluated.values())]),
     }  # fmt: skip
-    return {**where, "training": dict(trained), "evaluation": dict(evaluated), "seconds": seconds}
 
 
 def in_words(plan: Mapping[str, Any]) -> list[str]:
@@ -399,7 +405,7 @@ def in_words(plan: Mapping[str, Any]) -> list[str]:
         f"  measured here: {rates['forward'] * 1e6:.0f} µs a token forward, {rates['backward'] * 1e6:.0f} backward; "
         f"its graph holds {training['bytes_per_token'] / 1e3:.0f} kB a token",
         f"  {_chunking(training)}",
-        f"  peak memory {_gib(training['peak'])}: "
+        f"  peak memory {_gib(plan['peak'])}; of training {_gib(training['peak'])}: "
         + ", ".join(f"{name} {_gib(value)}" for name, value in training["memory"].items()),
         f"  training {clock(training['seconds'])}",
     ]
@@ -418,9 +424,10 @@ def _chunking(training: Mapping[str, Any]) -> str:
     size = f"at most {training['chunk_tokens']:,} tokens (trainer.chunk_tokens)"
     if not again:
         return f"a step goes through the model in {count:.3g} chunks of {size}; all graphs fit into {budget}"
+    fit = f"the graphs of {kept:.3g} fit" if kept else "no graph fits beside that of a chunk in work"
     return (
-        f"a step goes through the model in {count:.3g} chunks of {size}; the graphs of {kept:.3g} fit into {budget} "
-        f"(trainer.memory_budget), the other {again:.3g} run forward twice"
+        f"a step goes through the model in {count:.3g} chunks of {size}; {fit} into {budget} (trainer.memory_budget), "
+        f"so {again:.3g} run forward twice"
     )
 
 

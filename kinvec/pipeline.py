@@ -36,7 +36,7 @@ from kinvec.files import (
 from kinvec.folder import refuse_damaged, save_adapter
 from kinvec.forecast import evaluation, in_words, training, whole
 from kinvec.kinds import KINDS
-from kinvec.machine import set_threads
+from kinvec.machine import release_pages, set_threads
 from kinvec.merging import GUARD_FILE, check_metrics, keep_guards
 from kinvec.pooling import Normalize
 from kinvec.recipe import Recipe
@@ -77,7 +77,7 @@ def plan_run(recipe: Recipe) -> dict[str, Any]:
 
 def _planned(recipe: Recipe, data: RunData) -> dict[str, Any]:
     """The model is opened for it alone: measuring leaves adapters and gradients behind."""
-    embedder, evaluated = open_model(recipe), dict[str, float]()
+    embedder, evaluated = open_model(recipe), dict[str, tuple[float, int]]()
     if recipe.evaluate:
         evaluated["base"] = evaluated["tuned"] = evaluation(embedder, partial(_measure_all, data))
     if any(one.dev is not None for one in data.sets):
@@ -137,6 +137,7 @@ def _conclude(
     recipe: Recipe, folder: Path, embedder: Embedder, data: RunData, trained: dict[str, Any]
 ) -> dict[str, Any]:
     """What comes after training: the tuned model's results, the guard, the comparison, the report; the summary."""
+    release_pages()  # what training has left in pieces
     embedder.name = str(folder / "model")
     if recipe.evaluate:
         evaluate_into(folder / "results" / "tuned", embedder, data)

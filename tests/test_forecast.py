@@ -60,9 +60,9 @@ def test_evaluation_counts_every_text_that_it_has_encoded(tiny_folder: Path) -> 
     """What takes no time besides encoding costs in proportion to the texts, and the model itself is asked."""
     embedder = Embedder.load(tiny_folder, precision="fp32")
     texts = ["gene protein cell", "mouse blood"] * 50
-    few = evaluation(embedder, lambda encoder: encoder.encode_queries(texts))
-    many = evaluation(embedder, lambda encoder: [encoder.encode_documents(texts) for _ in range(400)])
-    assert 0 < few < many
+    few, _ = evaluation(embedder, lambda encoder: encoder.encode_queries(texts))
+    many, most = evaluation(embedder, lambda encoder: [encoder.encode_documents(texts) for _ in range(400)])
+    assert 0 < few < many and most > 2**20
 
 
 def test_the_stand_in_tells_texts_apart_by_their_words(tiny_folder: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_plan_names_steps_chunks_memory_and_time(tiny_folder: Path, tiny_pairs
     plan = plan_run(recipe(tiny_folder, tiny_pairs, tmp_path / "run"))
     training = plan["training"]
     assert (training["steps"], training["evaluations"], training["kept"], training["recomputed"]) == (4, 2, 1, 0)
-    assert training["peak"] == sum(training["memory"].values())
+    assert plan["peak"] >= training["peak"] == sum(training["memory"].values())
     assert training["memory"]["moments"] >= 2 * training["memory"]["gradients"] > 0
     assert plan["seconds"] > training["seconds"] > 0 and set(plan["evaluation"]) == {"base", "tuned", "dev"}
     assert not (tmp_path / "run").exists()
