@@ -473,6 +473,7 @@ def good_folder(plain_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_a_broken_folder_is_one_clear_sentence(good_folder: Path, tmp_path: Path, what: str) -> None:
     folder = shutil.copytree(good_folder, tmp_path / "good")
     load(folder)
+    edit(folder / "kinvec.json", checksums={})  # or they alone would tell: tests/test_damage.py
     spoil, sentence = BROKEN[what]
     spoil(folder)
     with pytest.raises(KinvecError, match=sentence) as caught:
