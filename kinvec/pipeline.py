@@ -59,6 +59,7 @@ def run(recipe: Recipe, force: bool = False, base: Path | None = None) -> dict[s
     set_threads(recipe.threads)
     data = distributed.in_turn(partial(open_run_data, recipe))
     if distributed.world() == 1 and (force or not _has_begun(recipe)):
+        _refuse_foreign(Path(recipe.out))  # before anything takes time
         for line in in_words(_planned(recipe, data)):
             say(line)
     embedder = open_model(recipe)
@@ -190,13 +191,11 @@ def claim_folder(recipe: Recipe, data: RunData, embedder: Embedder, force: bool)
         "settings": _identity(recipe),
         "inputs": {"model": embedder.fingerprint} | _inputs(data),
     }
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / RUN_FILE).is_file():
-            raise KinvecError(f"{folder}: the folder is not empty and not a run of kinvec; choose another out=")
-        if not force:
-            _same_run(folder, identity)
-            sweep(folder)
-            return folder
+    _refuse_foreign(folder)
+    if not force and folder.exists() and any(folder.iterdir()):
+        _same_run(folder, identity)
+        sweep(folder)
+        return folder
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -212,6 +211,15 @@ def claim_folder(recipe: Recipe, data: RunData, embedder: Embedder, force: bool)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise unless a run may be there: `KinvecError` for other things, `OSError` where no folder can be made."""
+    if folder.is_file():
+        raise KinvecError(f"{folder} is a file; choose another out=")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RUN_FILE).is_file():
+        raise KinvecError(f"{folder}: the folder is not empty and not a run of kinvec; choose another out=")
 
 
 def _inputs(data: RunData) -> dict[str, str]:

@@ -175,11 +175,13 @@ def test_an_adapter_keeps_its_direction_beside_it_and_merged_equals_adapted(tmp_
 def test_a_broken_adapter_folder_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
-    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
     with pytest.raises(KinvecError, match=r"adapter_config.json: names no base model"):
         Embedder.load(folder)
     base = save_plain("llama", tmp_path / "plain", "decoder")
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "base_model_name_or_path": str(base)})
+    )
     with pytest.raises(KinvecError, match=r"there are no adapter weights \(adapter_model.safetensors\)"):
         Embedder.load(folder)
 
@@ -203,6 +205,8 @@ def test_a_lost_end_of_sequence_token_is_refused(tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     tokenizer = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    ours = json.loads((tmp_path / "model" / "kinvec.json").read_text())
+    (tmp_path / "model" / "kinvec.json").write_text(json.dumps(ours | {"checksums": {}}))
     with pytest.raises(KinvecError, match="a text lost its end-of-sequence token"):
         Embedder.load(tmp_path / "model").encode(TEXTS)
 

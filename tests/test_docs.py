@@ -173,7 +173,7 @@ def test_the_pages_do_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     _my_decoder(tmp_path)
     _my_news(tmp_path)
     _my_scores(tmp_path)
-    assert _run("docs/training.md", tmp_path) == {"train", "prepare"}
+    assert _run("docs/training.md", tmp_path) == {"plan", "train", "prepare"}
     assert _run("docs/mining.md", tmp_path) == {"mine", "train"}
     assert _run("docs/report.md", tmp_path) == {"report"}
     assert _run("docs/data.md", tmp_path) == {"check"}

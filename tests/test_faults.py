@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import resource
@@ -16,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from command_line import WAIT
 from test_trainer import log_of, run_fit
 from tiny_models import WORDS, save_plain
 from torch import Tensor
@@ -142,7 +144,15 @@ def test_each_data_set_has_its_own_usual_loss(tmp_path: Path) -> None:
     assert spikes_of(losses, tmp_path, names) == [151]
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns where there are threads
+def _train_within(more: int, places: tuple[Path, Path, Path], settings: dict[str, Any]) -> None:
+    """Train where memory ends so many bytes above what is taken now; exit with the number of halvings."""
+    torch.set_num_threads(1)
+    most = psutil.Process().memory_info().vms + more if more else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+    _, found = run_fit(*places, **settings)
+    os._exit(len(found["halvings"]))
+
+
 def test_where_memory_really_ends_the_chunk_is_halved_and_the_loss_is_the_same(tmp_path: Path) -> None:
     """A process that may take 400 MiB more; one chunk of all texts would need 1 GiB for its graph."""
     draw = random.Random(0)
@@ -155,17 +165,13 @@ def test_where_memory_really_ends_the_chunk_is_halved_and_the_loss_is_the_same(t
     settings["memory_budget"] = "1B"  # no graph is kept from chunk to chunk
 
     def halvings(name: str, more: int) -> int:
-        """In a process of its own, whose memory ends so many bytes above what it has now."""
-        child = os.fork()
-        if child == 0:
-            try:
-                most = psutil.Process().memory_info().vms + more if more else resource.RLIM_INFINITY
-                resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
-                _, found = run_fit(tmp_path / name, tmp_path / "model", tmp_path / "pairs.jsonl", **settings)
-                os._exit(len(found["halvings"]))
-            finally:
-                os._exit(99)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        """In a process of its own, new, so that it holds nothing that earlier tests have left."""
+        places = (tmp_path / name, tmp_path / "model", tmp_path / "pairs.jsonl")
+        process = multiprocessing.get_context("forkserver").Process(target=_train_within, args=(more, places, settings))
+        process.start()
+        process.join(WAIT)
+        assert process.exitcode is not None
+        return process.exitcode
 
     assert halvings("calm", 0) == 0 and 1 <= halvings("tight", 400 << 20) < 10
     losses, expected = ([row["loss"] for row in log_of(tmp_path / name)] for name in ("tight", "calm"))

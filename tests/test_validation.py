@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kinvec import Embedder, tasks
+from kinvec import Embedder, pipeline, tasks
 from kinvec.contracts import Corpus, RetrievalData
 from kinvec.files import open_retrieval
 from kinvec.objectives import ObjectiveSettings, make_objective
@@ -113,13 +113,18 @@ def test_a_run_logs_them_beside_the_measure_that_chooses(
     tmp_path: Path, tiny_folder: Path, tiny_pairs: Path, main: Callable[..., tuple[int, str]], monkeypatch: Any
 ) -> None:
     asked: list[int] = []
-    real = Embedder.encode
+    real, develop = Embedder.encode, pipeline._develop
 
     def counted(self: Embedder, texts: Sequence[str], **more: Any) -> Any:
         asked.append(len(texts))
         return real(self, texts, **more)
 
+    def developed(one: Any, encoder: Any, batch_size: int) -> dict[str, float]:
+        asked.clear()  # of the last evaluation: the plan's was one, too
+        return develop(one, encoder, batch_size)
+
     monkeypatch.setattr(Embedder, "encode", counted)
+    monkeypatch.setattr(pipeline, "_develop", developed)
     settings = ["trainer.batch_size=16", "trainer.max_steps=2", "trainer.eval_every=2", "evaluate=false", "threads=1"]
     code, said = main(
         "train", f"model={tiny_folder}", f"data.train={tiny_pairs}", f"data.dev={tiny_pairs}", *settings,
