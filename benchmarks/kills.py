@@ -38,6 +38,7 @@ from tiny_models import WORDS, save_plain  # noqa: E402
 from kinvec import checkpoint  # noqa: E402
 from kinvec.embedder import open_folder  # noqa: E402
 from kinvec.files import content_fingerprint, vectors  # noqa: E402
+from kinvec.files.reading import read_log  # noqa: E402
 
 command_line.WAIT = 1800.0  # seconds for a run to the end: others may be at work here
 AGAIN = 0.3  # chance that the command that goes on is killed, too
@@ -103,14 +104,8 @@ def _lines(path: Path, rows: Any) -> None:
 
 def _steps(path: Path) -> Any:
     """Of the log what does not depend on time; a last line that is cut off is no line yet."""
-    kept = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        kept.append({key: row.get(key) for key in ("step", "loss", "grad_norm", "lr", "tokens", "dev")})
-    return kept
+    told = ("step", "loss", "grad_norm", "lr", "tokens", "dev")
+    return [{key: row.get(key) for key in told} for row in read_log(path)]
 
 
 def _but(*names: str) -> Callable[[Path], Any]:

@@ -10,7 +10,6 @@ and by exponential noise, which is as skewed as losses near 0 get, once in some 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ import numpy as np
 from kinvec.console import say
 from kinvec.contracts import KinvecError
 from kinvec.files import write_json
+from kinvec.files.reading import read_log
 from kinvec.sampling import Batch
 
 FAULT = "fault.json"
@@ -55,8 +55,8 @@ class Spikes:
     def __init__(self, log: Path) -> None:
         self._losses: dict[str, deque[float]] = defaultdict(partial(deque, maxlen=WINDOW))
         self._high: set[str] = set()
-        for line in log.read_text("utf-8").splitlines() if log.exists() else ():
-            self._take(json.loads(line))
+        for row in read_log(log):
+            self._take(row)
 
     def _take(self, row: Mapping[str, Any]) -> None:
         of = " ".join(sorted(row.get("sets", ())))

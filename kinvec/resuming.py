@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from kinvec.backbone import trainable
 from kinvec.console import say
 from kinvec.contracts import KinvecError
 from kinvec.embedder import Embedder
+from kinvec.files import write_lines
+from kinvec.files.reading import read_log
 
 
 @dataclass
@@ -118,17 +119,7 @@ def keep_log(path: Path, step: int) -> None:
     """Drop the log's lines after `step`, so that every step is there once; a half-written last line goes too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    beside = path.with_name(".log.jsonl.tmp")
-    beside.write_text("".join(kept), "utf-8")
-    os.replace(beside, path)
+    write_lines(path, (json.dumps(row) for row in read_log(path) if row["step"] <= step))
 
 
 def _tensors(embedder: Embedder, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:

@@ -34,3 +34,16 @@ def read_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise KinvecError(f"{path}: holds a {type(value).__name__}, not an object with named values")
     return value
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The steps of `log.jsonl`; the last line of a run that still goes may be half a line and is left out."""
+    steps = []
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    steps.append(json.loads(line))
+                except (ValueError, RecursionError):
+                    continue
+    return [step for step in steps if isinstance(step, dict) and "step" in step]

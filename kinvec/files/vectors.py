@@ -14,7 +14,6 @@ Shapes: n = texts, d = dimensions.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from kinvec.files.writing import (
     content_fingerprint,
     damaged,
     replace_folder,
+    replacing,
     sweep,
     sweep_beside,
     write_json,
@@ -278,18 +278,11 @@ def write_blocks(
 
     (`np.save` raises one without its reason there, and a memory map ends the process without a word.)
     """
-    beside, said = beside_path(path), np.lib.format.dtype_to_descr(np.dtype(dtype))
-    try:
-        with open(beside, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": said, "fortran_order": False, "shape": shape})
-            for block in blocks:
-                file.write(np.ascontiguousarray(block, dtype=dtype).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    said = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    with replacing(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": said, "fortran_order": False, "shape": shape})
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype=dtype).data)
 
 
 # --- NeMo's layout ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -31,17 +31,24 @@ def write_lines(path: str | Path, lines: Iterable[str], end: str = "\n") -> Path
     """Write lines, one held at a time, as `write_text` writes a text."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, "w", encoding="utf-8", newline="") as file:
+        file.writelines(f"{line}{end}" for line in lines)
+    return path
+
+
+@contextmanager
+def replacing(path: Path, mode: str, **how: Any) -> Iterator[IO[Any]]:
+    """A file beside `path` to write into, opened with `mode` and `how`; synced and renamed in the end, gone on error."""
     beside = beside_path(path)
     try:
-        with open(beside, "w", encoding="utf-8", newline="") as file:
-            file.writelines(f"{line}{end}" for line in lines)
+        with open(beside, mode, **how) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    return path
 
 
 def write_json(path: str | Path, value: Any) -> Path:

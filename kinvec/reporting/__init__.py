@@ -15,12 +15,13 @@ from typing import Any
 from kinvec.config import read_mapping
 from kinvec.contracts import KinvecError
 from kinvec.files import write_text
+from kinvec.files.reading import read_log
 from kinvec.reporting import findings
 from kinvec.reporting.browser import browse
 from kinvec.reporting.curve import learning_curve, shares
 from kinvec.reporting.data import described
 from kinvec.reporting.maps import pictures
-from kinvec.reporting.reading import flat, read_json, read_log, read_results
+from kinvec.reporting.reading import flat, read_json, read_results
 from kinvec.reporting.rendering import axis, compact, render
 from kinvec.reporting.scores import task_table, verdict
 from kinvec.reporting.several import collect_several

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return read_object(path)
     except (KinvecError, OSError):
         return {}
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The steps of `log.jsonl`; the last line of a run that still goes may be half a line and is left out."""
-    steps = []
-    if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    steps.append(json.loads(line))
-                except (ValueError, RecursionError):
-                    continue
-    return [step for step in steps if isinstance(step, dict) and "step" in step]
 
 
 def read_results(run: Path, later: Sequence[str] = ()) -> list[tuple[Result, Result | None]]:

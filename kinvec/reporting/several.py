@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kinvec import tasks
+from kinvec.files.reading import read_log
 from kinvec.reporting.browser import browse
 from kinvec.reporting.curve import learning_curve
-from kinvec.reporting.reading import main_metric, ordered, read_log
+from kinvec.reporting.reading import main_metric, ordered
 from kinvec.reporting.rendering import axis, number, p_value, signed
 from kinvec.reporting.scores import word
 from kinvec.tasks.several import System, TaskComparison

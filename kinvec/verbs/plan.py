@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from kinvec.verbs.train import named
+
 
 def plan(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What `train` with the same arguments will take: seconds and bytes, measured with the model on the data.
@@ -44,10 +46,7 @@ def command(
 
     The model runs some of the data for a few seconds, and evaluation is tried without it; nothing is written.
     """
-    given = [recipe, *(settings or [])]
-    name = None if "=" in recipe else given.pop(0)
-    flags = {"device": device, "threads": threads, "precision": precision}
-    given += [f"{key}={value}" for key, value in flags.items() if value is not None]
+    name, given = named(recipe, settings, device=device, threads=threads, precision=precision)
     found = plan(name, given)
     if as_json:
         print(json.dumps(found, indent=2))

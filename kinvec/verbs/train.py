@@ -55,6 +55,13 @@ def _run_chain(stages: Sequence[Recipe], base: Path | None, force: bool) -> dict
     return summaries[-1] | ({"stages": summaries} if len(stages) > 1 else {})
 
 
+def named(recipe: str, settings: Sequence[str] | None, **flags: Any) -> tuple[str | None, list[str]]:
+    """The recipe's name, if it has one, and `key=value` for all that was given besides."""
+    given = [recipe, *(settings or [])]
+    name = None if "=" in recipe else given.pop(0)
+    return name, given + [f"{key}={value}" for key, value in flags.items() if value is not None]
+
+
 def command(
     recipe: Annotated[
         str, typer.Argument(help="A shipped recipe (scifact, demo), a YAML file, or the first key=value.")
@@ -77,10 +84,7 @@ def command(
 
     The same command on the same out= continues a run that was stopped. Settings are key=value; docs/recipe.md has all.
     """
-    given = [recipe, *(settings or [])]
-    name = None if "=" in recipe else given.pop(0)
-    flags = {"device": device, "threads": threads, "precision": precision}
-    given += [f"{key}={value}" for key, value in flags.items() if value is not None]
+    name, given = named(recipe, settings, device=device, threads=threads, precision=precision)
     if dry_run:
         print(json.dumps(_preview(name, given), indent=2))
         return
