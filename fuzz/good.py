@@ -104,7 +104,7 @@ def _decoder(folder: Path) -> None:
 
 
 def _adapter(folder: Path) -> None:
-    from kinvec.backbone import LoraSettings, add_lora
+    from kinvec.adapters import LoraSettings, add_lora
     from kinvec.embedder import open_folder
     from kinvec.folder import save_adapter
 

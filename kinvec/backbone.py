@@ -1,4 +1,4 @@
-"""Any Hugging Face encoder or decoder: found, opened, put on packed attention where it takes it, LoRA on, merged, off.
+"""Any Hugging Face encoder or decoder: found, opened, put on packed attention where it takes it.
 
 Shapes: T = tokens of a pack, h = hidden width.
 """
@@ -14,17 +14,15 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import field_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kinvec.attention import fuse_projections, install, packed, recomputing, set_direction
 from kinvec.batching import Pack, Tokens, pack
-from kinvec.config import Settings
 from kinvec.console import say
 from kinvec.contracts import KinvecError
 from kinvec.machine import multiplies_bf16
@@ -35,30 +33,6 @@ POSITIONS_AFTER_PADDING = {  # families whose first position is the padding inde
     "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod", "esm",
     "ibert", "longformer", "mpnet",
 }  # fmt: skip
-
-
-class LoraSettings(Settings):
-    """Low-rank adapters (Hu et al. 2021) through PEFT. Off unless `rank` is above 0."""
-
-    rank: int = 0
-    """Rank of the adapters; 0 trains all weights."""
-    alpha: float = 32.0
-    """The adapter's output is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Dropout on the adapter's input."""
-    targets: list[str] | str = "all-linear"
-    """Names of the linear layers that carry an adapter, or `all-linear`."""
-    base: Literal["fp32", "bf16"] = "fp32"
-    """How the frozen weights lie in memory while adapters train: bf16 takes half. What is saved is not rounded."""
-
-    @field_validator("base")
-    @classmethod
-    def _is_frozen(cls, value: str, given: Any) -> str:
-        if value == "bf16" and not given.data.get("rank"):
-            raise ValueError(
-                "only a frozen model is held in bf16, and without adapters all of it is trained; set lora.rank"
-            )
-        return value
 
 
 MODEL_FILES = ("modules.json", "config.json", "adapter_config.json")
@@ -384,58 +358,6 @@ def has_dropout(model: nn.Module) -> bool:
     rates: list[Any] = [getattr(module, "attention_dropout", 0.0) for module in modules]
     rates += [module.p for module in modules if isinstance(module, nn.Dropout)]
     return any(isinstance(rate, float) and rate > 0.0 for rate in rates)
-
-
-def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
-    """Put adapters on and freeze the rest. Raises `KinvecError` when a target names no layer of the model."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=settings.targets,
-        bias="none", task_type="FEATURE_EXTRACTION",
-    )  # fmt: skip
-    try:
-        with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            backbone.model = get_peft_model(backbone.model, config)
-    except ValueError as error:
-        raise KinvecError(f"lora.targets: {str(error).splitlines()[0]}") from None
-
-
-def load_lora(backbone: Backbone, adapter: Path) -> None:
-    """Put the adapters of a PEFT folder on. Raises `KinvecError` where they do not fit or are not safetensors."""
-    from peft import PeftModel
-
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise KinvecError(f"{adapter}: there are no adapter weights (adapter_model.safetensors)")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            backbone.model = PeftModel.from_pretrained(backbone.model, str(adapter))
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise KinvecError(f"{adapter}: the adapter does not fit its base: {str(error).splitlines()[0]}") from None
-
-
-def round_weights(backbone: Backbone) -> None:
-    """Freeze the model and hold in bf16 what its linear layers multiply by; adapters are left as they are.
-
-    Embeddings, norms and biases stay in float32, and so do the sums between the layers. Under autocast, which rounds
-    the same weights at every product, not a bit of the result changes.
-    """
-    for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    tables = {id(module.weight) for module in backbone.modules() if isinstance(module, nn.Embedding)}
-    for module in backbone.modules():
-        weight: Any = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) and not weight.requires_grad and id(weight) not in tables:
-            weight.data = weight.data.to(torch.bfloat16)
-
-
-def merge_lora(backbone: Backbone) -> None:
-    """Fold the adapters, if there are any, into the weights."""
-    if not hasattr(backbone.model, "merge_and_unload"):
-        return
-    backbone.model = backbone.model.merge_and_unload()  # type: ignore[operator]
 
 
 def resolve_device(device: str) -> torch.device:

@@ -21,6 +21,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from kinvec import distributed
+from kinvec.adapters import FewBits, frozen_layers, load_lora, merge_lora, round_weights, shortened
 from kinvec.backbone import (
     Backbone,
     LanguageHead,
@@ -28,12 +29,9 @@ from kinvec.backbone import (
     fuse,
     language_head,
     load_backbone,
-    load_lora,
-    merge_lora,
     quiet,
     resolve_device,
     resolve_precision,
-    round_weights,
 )
 from kinvec.batching import Pack, Tokens, append_end, ends_texts, packs, tokenize
 from kinvec.console import progress as progress_bar
@@ -340,22 +338,27 @@ def _open_adapter(folder: Path, max_length: int | None) -> Embedder:
 
 @contextmanager
 def unrounded(embedder: Embedder) -> Iterator[None]:
-    """Inside, weights held in bf16 are those of the model's folder again, in float32 and on the CPU.
+    """Inside, weights held in fewer bits are those of the model's folder again, in float32 and on the CPU.
 
     Adapters are put on and merged so: they start as on a float32 model, and merging into bf16 would lose a fiftieth of
     the change. Does nothing for a model that is not rounded.
     """
     backbone, device = embedder.backbone, embedder.device
-    held = {name: weight for name, weight in backbone.model.named_parameters() if weight.dtype == torch.bfloat16}
+    held = {name: one for name, one in frozen_layers(backbone).items() if shortened(one)}
     if not held:
         yield
         return
     embedder.cpu()
-    whole = dict(open_folder(embedder.name).backbone.model.named_parameters())
-    for name, weight in held.items():
-        weight.data = whole[name.removeprefix("base_model.model.").replace(".base_layer.", ".")].data  # PEFT's names
+    whole = open_folder(embedder.name).backbone.model
+    for name, layer in held.items():
+        read = whole.get_submodule(name.removeprefix("base_model.model.").removesuffix(".base_layer"))  # PEFT's names
+        if isinstance(layer, FewBits):
+            backbone.model.set_submodule(name, read.requires_grad_(False))
+        else:
+            layer.weight.data = read.weight.data  # type: ignore[assignment]
     yield
-    round_weights(backbone)
+    if embedder.precision == "bf16":
+        round_weights(backbone)
     embedder.to(device)
 
 

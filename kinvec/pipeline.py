@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from kinvec import checkpoint, distributed, tasks
-from kinvec.backbone import add_lora, merge_lora, resolve_device, resolve_precision, round_weights
+from kinvec.adapters import add_lora, merge_lora, quantise, round_weights
+from kinvec.backbone import resolve_device, resolve_precision
 from kinvec.card import write_card
 from kinvec.config import differences, dump, merged
 from kinvec.console import say
@@ -172,9 +173,9 @@ def open_model(recipe: Recipe) -> Embedder:
         embedder.include_prompt = recipe.pool_prompt
     if embedder.similarity == "cosine" and not any(isinstance(module, Normalize) for module in embedder.head):
         embedder.head.append(Normalize())  # trained by cosine: say so in the folder, so that no reader forgets it
-    if recipe.lora.base == "bf16":
-        if embedder.precision != "bf16":
-            raise RecipeError("lora.base=bf16 needs bf16 arithmetic, and this run's is fp32; set precision=bf16")
+    if recipe.lora.base == "bf16" and embedder.precision != "bf16":
+        raise RecipeError("lora.base=bf16 needs bf16 arithmetic, and this run's is fp32; set precision=bf16")
+    if recipe.lora.base != "fp32" and embedder.precision == "bf16":
         round_weights(embedder.backbone)
     return embedder.to(device)
 
@@ -397,8 +398,13 @@ def _adapt(recipe: Recipe, data: RunData, embedder: Embedder) -> None:
     if any(one.objective.ask for one in data.sets):
         add_language_head(embedder).requires_grad_(not recipe.lora.rank)
     if recipe.lora.rank:
+        device = embedder.device
         with unrounded(embedder):
             add_lora(embedder.backbone, recipe.lora)
+            if recipe.lora.base in ("int8", "nf4"):
+                if recipe.trainer.shard:
+                    raise RecipeError(f"trainer.shard spreads no base in {recipe.lora.base}; leave one of the two out")
+                quantise(embedder.backbone, recipe.lora.base, device)
 
 
 def _lineage(recipe: Recipe, data: RunData, embedder: Embedder, trained: Mapping[str, Any]) -> dict[str, Any]:

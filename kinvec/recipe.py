@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kinvec.backbone import LoraSettings
+from kinvec.adapters import LoraSettings
 from kinvec.config import Settings, load, read_mapping
 from kinvec.contracts import RecipeError
 from kinvec.merging import GuardSettings

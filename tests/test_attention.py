@@ -12,6 +12,7 @@ from tiny_models import PACKED, PADDED, VOCABULARY, build
 from torch import Tensor, nn
 
 from kinvec import attention
+from kinvec.adapters import LoraSettings, add_lora, merge_lora
 from kinvec.attention import (
     Dropout,
     EqualLengthAttention,
@@ -22,8 +23,8 @@ from kinvec.attention import (
     packed_attention,
     replace_dropout,
 )
-from kinvec.backbone import Backbone, LoraSettings, add_lora, fuse, merge_lora
-from kinvec.batching import Pack, Tokens, pack
+from kinvec.backbone import Backbone, fuse
+from kinvec.batching import Pack, Tokens, lay, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,8 @@ from test_attention import packed_states, padded_states, random_tokens
 from tiny_models import DECODER, SLIDING, save_plain
 
 from kinvec import Embedder
-from kinvec.backbone import Backbone, LoraSettings, add_lora, load_lora, merge_lora
+from kinvec.adapters import LoraSettings, add_lora, load_lora, merge_lora
+from kinvec.backbone import Backbone
 from kinvec.contracts import KinvecError
 from kinvec.embedder import configure, open_folder
 from kinvec.folder import save_adapter

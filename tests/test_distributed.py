@@ -23,8 +23,9 @@ from test_trainer import log_of, source_of
 from tiny_models import WORDS
 
 from kinvec import distributed
-from kinvec.backbone import LoraSettings, add_lora, trainable
-from kinvec.batching import deal
+from kinvec.adapters import LoraSettings, add_lora
+from kinvec.backbone import trainable
+from kinvec.batching import deal, join
 from kinvec.contracts import KinvecError
 from kinvec.embedder import open_folder
 from kinvec.files import open_data

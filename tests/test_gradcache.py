@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from tiny_models import VOCABULARY, build
 from torch import Tensor
 
+from kinvec.adapters import LoraSettings, add_lora
 from kinvec.attention import replace_dropout
-from kinvec.backbone import Backbone, LoraSettings, add_lora, fuse, set_dropout
-from kinvec.batching import Pack, Tokens, cut, pack
+from kinvec.backbone import Backbone, fuse, set_dropout
+from kinvec.batching import Pack, Tokens, cut, lay, pack
 from kinvec.contracts import RecipeError
 from kinvec.gradcache import backward
 from kinvec.losses import info_nce

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +17,8 @@ from tiny_models import save_plain
 from torch import Tensor
 
 from kinvec import Embedder
-from kinvec.backbone import LoraSettings, add_lora, recompute_layers, trainable
+from kinvec.adapters import FewBits, LoraSettings, add_lora, frozen_layers
+from kinvec.backbone import recompute_layers, trainable
 from kinvec.batching import pack
 from kinvec.contracts import KinvecError
 from kinvec.embedder import open_folder
@@ -143,16 +146,88 @@ def test_a_base_in_bf16_changes_no_bit_of_a_bf16_run(
     assert found[1] and all(torch.equal(value, merged[key]) for key, value in found[1].items() if key in merged)
 
     run = tmp_path / "bf16"
-    for path in (run / "checkpoints").iterdir():
-        if path.name > "step-00000003":
-            shutil.rmtree(path)
-    for path in (run / "model", run / "adapter"):
-        shutil.rmtree(path)
-    (run / "training.json").unlink(), (run / "summary.json").unlink()
+    forget_the_end(run, after_step=3)
     code, said = lora_run(main, run, model, tiny_pairs, "lora.base=bf16")
     assert code == 0 and "continuing after step" in said
     again = contents(run)
     assert again[0] == expected[0] and all(torch.equal(value, expected[1][key]) for key, value in again[1].items())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("base, held_in, near", [("int8", torch.int8, 0.05), ("nf4", torch.uint8, 0.3)])
+def test_adapters_train_on_a_base_in_few_bits(
+    tmp_path: Path, tiny_pairs: Path, main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch,
+    base: str, held_in: torch.dtype, near: float,
+) -> None:  # fmt: skip
+    """The base lies in fewer bytes, losses are near, what is saved is the whole base with the adapter; resumed too."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    model = save_plain("llama", tmp_path / "base", "decoder", spread=0.1, hidden_size=64, intermediate_size=128)
+    frozen: list[list[Tensor]] = []
+
+    def spy(embedder: Embedder, *arguments: Any) -> dict[str, Any]:
+        layers = frozen_layers(embedder.backbone).values()
+        frozen.append([layer.codes if isinstance(layer, FewBits) else layer.weight for layer in layers])
+        assert {p.dtype for _, p in trainable(embedder)} == {torch.float32}
+        return fit(embedder, *arguments)
+
+    monkeypatch.setattr("kinvec.pipeline.fit", spy)
+    for out, held in (("whole", "fp32"), ("few", base)):
+        code, said = lora_run(main, tmp_path / out, model, tiny_pairs, f"lora.base={held}")
+        assert code == 0, said
+    assert [{weight.dtype for weight in held} for held in frozen] == [{torch.float32}, {held_in}]
+    whole_bytes, few_bytes = (sum(weight.nbytes for weight in held) for held in frozen)
+    assert few_bytes * (4 if base == "int8" else 8) == whole_bytes
+    expected, found = contents(tmp_path / "whole"), contents(tmp_path / "few")
+    losses = [[row["loss"] for row in run[0]] for run in (expected, found)]
+    assert losses[0] != losses[1] and np.allclose(losses[0], losses[1], rtol=near)
+    assert found[3][0]["metrics"].keys() == expected[3][0]["metrics"].keys()
+    before, after = (run[3][0]["metrics"]["nDCG@10"]["base"] for run in (expected, found))
+    assert before == after, "the base is measured as it is published"
+
+    whole = AutoModel.from_pretrained(model)
+    merged = PeftModel.from_pretrained(whole, str(tmp_path / "few" / "adapter")).merge_and_unload().state_dict()
+    assert found[1] and all(torch.equal(value, merged[key]) for key, value in found[1].items() if key in merged)
+
+    forget_the_end(tmp_path / "few", after_step=3)
+    code, said = lora_run(main, tmp_path / "few", model, tiny_pairs, f"lora.base={base}")
+    assert code == 0 and "continuing after step" in said
+    again = contents(tmp_path / "few")
+    assert again[0] == found[0] and all(torch.equal(value, found[1][key]) for key, value in again[1].items())
+
+
+@pytest.mark.parametrize("base, near", [("int8", 0.9999), ("nf4", 0.99)])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_layer_in_few_bits_multiplies_by_what_its_codes_say(base: str, near: float, precision: torch.dtype) -> None:
+    """Value and gradient of x are those of a layer with the opened weights, which are near the weights themselves."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(128, 96), torch.randn(3, 5, 128, requires_grad=True)
+    few, plain = FewBits(layer, base), deepcopy(layer)
+    plain.weight.data = few.opened(torch.float32)
+    assert torch.cosine_similarity(plain.weight.flatten(), layer.weight.flatten(), dim=0) > near
+    found = []
+    for product in (few, plain):
+        with torch.autocast("cpu", precision, enabled=precision is torch.bfloat16):
+            y = product(x)
+        (gradient,) = torch.autograd.grad(y.float().square().sum(), x)
+        assert y.dtype is precision and gradient.dtype is torch.float32
+        found.append((y.float(), gradient))
+    tolerance = 1e-5 if precision is torch.float32 else 2e-2
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < tolerance * other.norm()
+
+
+def forget_the_end(run: Path, after_step: int) -> None:
+    """As if the run had been stopped after this step."""
+    for path in (run / "checkpoints").iterdir():
+        if path.name > f"step-{after_step:08}":
+            shutil.rmtree(path)
+    for path in (run / "model", run / "adapter"):
+        shutil.rmtree(path)
+    (run / "training.json").unlink(), (run / "summary.json").unlink()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
