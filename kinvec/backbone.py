@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kinvec.attention import fuse_projections, install, packed, recomputing, set_direction
-from kinvec.batching import Pack, Tokens, pack
+from kinvec.batching import Pack, lay, pack
 from kinvec.console import say
 from kinvec.contracts import KinvecError
 from kinvec.machine import multiplies_bf16
@@ -273,7 +273,7 @@ class Backbone(nn.Module):
     def _probe(self, texts: list[list[int]], native: bool = False) -> Float[Tensor, "T h"]:
         """Hidden states without dropout, as texts go through the model, or padded through its own attention."""
         training, model = self.model.training, self.model
-        probe = pack(Tokens(texts, [0] * len(texts)), range(len(texts))).to(next(model.parameters()).device)
+        probe = pack(lay(texts), range(len(texts))).to(next(model.parameters()).device)
         model.eval()
         try:
             if not native:

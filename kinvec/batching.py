@@ -1,6 +1,6 @@
 """Texts → tokens → packs: prompts, truncation, and many texts laid end to end without padding.
 
-Shapes: n = texts, T = tokens of all texts of a pack together.
+Shapes: n = texts, T = tokens of all texts together.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, pairwise
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Int32, Int64
 from torch import Tensor
 
 from kinvec.contracts import KinvecError
@@ -20,20 +22,58 @@ from kinvec.contracts import KinvecError
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of n texts; `skip[i]` leading tokens of text i belong to a prompt that pooling leaves out."""
+    """Token ids of n texts, end to end: 4 bytes a token, where lists of Python's numbers would take 36.
 
-    ids: list[list[int]]
-    skip: list[int]
+    `skip[i]` leading tokens of text i belong to a prompt that pooling leaves out.
+    """
+
+    ids: Int32[np.ndarray, " T"]
+    lengths: Int64[np.ndarray, " n"]
+    skip: Int64[np.ndarray, " n"]
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.lengths)
 
-    def __add__(self, other: Tokens) -> Tokens:
-        return Tokens(self.ids + other.ids, self.skip + other.skip)
+    @cached_property
+    def starts(self) -> Int64[np.ndarray, " n"]:
+        """Where each text begins."""
+        return np.cumsum(self.lengths) - self.lengths
 
     @property
-    def lengths(self) -> Int[np.ndarray, " n"]:
-        return np.fromiter(map(len, self.ids), dtype=np.int64, count=len(self.ids))
+    def last(self) -> Int32[np.ndarray, " n"]:
+        """The last token of each text."""
+        return self.ids[self.starts + self.lengths - 1]
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """Text by text, as numbers of Python."""
+        return [row.tolist() for row in np.split(self.ids, self.starts[1:])]
+
+
+def lay(rows: Sequence[Sequence[int]], skip: Sequence[int] | None = None) -> Tokens:
+    """Token ids given text by text, laid end to end."""
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    ids = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(lengths.sum()))
+    return Tokens(ids, lengths, np.zeros_like(lengths) if skip is None else np.array(skip, dtype=np.int64))
+
+
+def join(parts: Sequence[Tokens]) -> Tokens:
+    """The texts of all parts, in their order."""
+    return Tokens(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.skip for part in parts]),
+    )
+
+
+def shares(texts: Sequence[str], parts: int) -> list[slice]:
+    """Where to cut the texts, in their order, into so many parts of about as many characters each."""
+    before = np.cumsum([0, *map(len, texts)])
+    inner = np.searchsorted(before, before[-1] * np.arange(1, parts) / parts).tolist()
+    return [slice(first, last) for first, last in pairwise([0, *inner, len(texts)])]
+
+
+_ONE_AT_A_TIME = Lock()  # a tokenizer keeps the length that it cuts at, which no other thread may change meanwhile
 
 
 def tokenize(
@@ -42,15 +82,21 @@ def tokenize(
     """Put `prompt` (or each text its own) before every text and tokenize, cut at `max_length` tokens, special ones too.
 
     With `skip_prompt` the prompt's tokens are marked to be left out of pooling, as sentence-transformers does it for
-    models whose pooling has `include_prompt: false`.
+    models whose pooling has `include_prompt: false`. Raises `KinvecError` for what is no string.
     """
     if not texts:
-        return Tokens([], [])
+        return lay([])
     prompts = [prompt] * len(texts) if isinstance(prompt, str) else prompt
-    given = [before + text for before, text in zip(prompts, texts, strict=True)]
-    ids = tokenizer(given, truncation=True, max_length=max_length, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    try:
+        given = [before + text for before, text in zip(prompts, texts, strict=True)]
+    except TypeError:
+        kinds = {type(text).__name__ for text in texts} - {"str"}
+        raise KinvecError(f"texts must be strings, and here is one of type {min(kinds)}") from None
+    with _ONE_AT_A_TIME:
+        ids = tokenizer(given, truncation=True, max_length=max_length, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        left_out = {p: prompt_length(tokenizer, p, max_length) if p and skip_prompt else 0 for p in set(prompts)}
     if not all(ids):  # decoders add no special tokens: an empty text still needs a token to be a vector
         empty = [
             next(
@@ -58,8 +104,7 @@ def tokenize(
             )
         ]
         ids = [row or empty for row in ids]
-    left_out = {p: prompt_length(tokenizer, p, max_length) if p and skip_prompt else 0 for p in set(prompts)}
-    return Tokens(ids, [left_out[before] for before in prompts])
+    return lay(ids, [left_out[before] for before in prompts])
 
 
 def prompt_length(tokenizer: Any, prompt: str, max_length: int) -> int:
@@ -144,12 +189,14 @@ class Pack:
 
 def pack(tokens: Tokens, rows: Sequence[int]) -> Pack:
     """Lay the chosen rows end to end, shortest first."""
-    order = sorted(rows, key=lambda row: (len(tokens.ids[row]), row))
-    lengths = [len(tokens.ids[row]) for row in order]
-    ids = np.concatenate([np.asarray(tokens.ids[row], dtype=np.int64) for row in order])
-    positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
-    skip = tuple(tokens.skip[row] for row in order)
-    return Pack(torch.from_numpy(ids), torch.from_numpy(positions), tuple(lengths), skip, tuple(order))
+    chosen = np.array(rows)
+    order = chosen[np.lexsort((chosen, tokens.lengths[chosen]))]
+    lengths = tokens.lengths[order]
+    ends = np.cumsum(lengths)
+    positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    ids = tokens.ids[np.repeat(tokens.starts[order], lengths) + positions].astype(np.int64)
+    said = (tuple(value.tolist()) for value in (lengths, tokens.skip[order], order))
+    return Pack(torch.from_numpy(ids), torch.from_numpy(positions), *said)
 
 
 def cut(lengths: Int[np.ndarray, " n"], budget: int) -> list[list[int]]:

@@ -93,6 +93,15 @@ def least(number: int | float) -> float:
     return float(found)
 
 
+def everyones(own: Made) -> list[Made]:
+    """What every process has, in the order of their numbers; it can be pickled."""
+    if world() == 1:
+        return [own]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, own)
+    return found
+
+
 def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum the gradients over all processes, in one reduction for each type of number.
 

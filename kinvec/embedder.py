@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,13 +33,13 @@ from kinvec.backbone import (
     resolve_device,
     resolve_precision,
 )
-from kinvec.batching import Pack, Tokens, append_end, ends_texts, packs, tokenize
+from kinvec.batching import Pack, Tokens, append_end, ends_texts, join, packs, shares, tokenize
 from kinvec.console import progress as progress_bar
 from kinvec.contracts import KinvecError, one_sentence
 from kinvec.files import replace_folder, saying_full
 from kinvec.files.reading import read_json, read_object
 from kinvec.folder import OURS, head_module, optional_json, read_settings, refuse_damaged, said, write_folder
-from kinvec.machine import keep_pages, set_threads
+from kinvec.machine import ahead, keep_pages, set_threads
 from kinvec.pooling import POOLINGS, Dense, Normalize, pool
 from kinvec.vetting import inside, vet_folder
 
@@ -133,7 +133,7 @@ class Embedder(nn.Module):
         Raises `KinvecError` where a text lost the end-of-sequence token that the model's vector is read from.
         """
         tokens = tokenize(self.tokenizer, texts, self.max_length, prompt, not self.include_prompt)
-        if self.append_eos and any(row[-1] != self.tokenizer.eos_token_id for row in tokens.ids):
+        if self.append_eos and (tokens.last != self.tokenizer.eos_token_id).any():
             raise KinvecError(f"{self.name}: a text lost its end-of-sequence token; was the tokenizer changed?")
         return tokens
 
@@ -141,23 +141,25 @@ class Embedder(nn.Module):
         """Vectors of the texts, float32, in their order. `prompt` is put before each."""
         if isinstance(texts, str):
             raise KinvecError("encode takes a list of texts; for one text write encode([text])")
-        out = np.empty((len(texts), self.dimension), dtype=np.float32)
-        training = self.training
-        self.eval()
-        show = progress and len(texts) > 256
-        with (
-            torch.inference_mode(),
-            self._autocast(),
-            progress_bar("encoding", len(texts)) if show else nullcontext() as bar,
-        ):
-            for start in range(0, len(texts), WINDOW):
-                window = self.tokenize(list(texts[start : start + WINDOW]), prompt)
-                for rows, vectors in self._encode_tokens(window):
-                    out[start + rows] = vectors
-                    if bar is not None:
-                        bar.advance(len(rows))
-        self.train(training)
+        windows = (list(texts[start : start + WINDOW]) for start in range(0, len(texts), WINDOW))
+        out, done = np.empty((len(texts), self.dimension), dtype=np.float32), 0
+        with self._bar(len(texts), progress) as advance, closing(self._tokenized(windows, prompt)) as tokenized:
+            for tokens in tokenized:
+                self._encode_tokens(tokens, out[done : done + len(tokens)], advance)
+                done += len(tokens)
         return out
+
+    def encode_each(self, windows: Iterable[Sequence[str]], prompt: str = "") -> Iterator[Float[np.ndarray, "n d"]]:
+        """Vectors of one window of texts after another, as `encode` gives them for each.
+
+        Like a long list's, the next window is read and tokenized while the model computes this one.
+        """
+        with closing(self._tokenized(windows, prompt)) as tokenized:
+            for tokens in tokenized:
+                out = np.empty((len(tokens), self.dimension), dtype=np.float32)
+                with self._bar(len(tokens), True) as advance:
+                    self._encode_tokens(tokens, out, advance)
+                yield out
 
     def encode_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         """Vectors of queries, with the model's query prompt."""
@@ -167,15 +169,49 @@ class Embedder(nn.Module):
         """Vectors of documents, with the model's document prompt."""
         return self.encode(texts, prompt=self.prompts.get("document", ""))
 
-    def _encode_tokens(self, tokens: Tokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _tokenized(self, windows: Iterable[Sequence[str]], prompt: str) -> Generator[Tokens, None, None]:
+        """The windows' tokens: by all processes where others help, else on a GPU made while it computes."""
+        tokenize = partial(self.tokenize, prompt=prompt)
+        if distributed.leading and self._held is not None:
+            helped = partial(_tokens_of, self._held, prompt)
+            for window in windows:
+                parts = [window[part] for part in shares(window, distributed.world())]
+                yield join(list(distributed.shared(tokenize, parts, helped)))
+        else:
+            yield from ahead(tokenize, windows, self.device)
+
+    def _encode_tokens(self, tokens: Tokens, out: Float32[np.ndarray, "n d"], advance: Callable[[int], None]) -> None:
         parts = list(packs(tokens, ENCODE_TOKENS))
-        held = self.loaded or (HELD if _holds(self) else None)
-        helped = partial(_vectors_of, held, torch.get_num_threads()) if held is not None else None
-        for texts, vectors in zip(parts, distributed.shared(self._vectors, parts, helped), strict=True):
-            yield np.array(texts.rows), vectors
+        helped = partial(_vectors_of, self._held, torch.get_num_threads()) if self._held is not None else None
+        with self._encoding():
+            for texts, vectors in zip(parts, distributed.shared(self._vectors, parts, helped), strict=True):
+                out[list(texts.rows)] = vectors
+                advance(len(texts))
 
     def _vectors(self, texts: Pack) -> Float32[np.ndarray, "m d"]:
         return self(texts.to(self.device)).float().cpu().numpy()
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """Without dropout and gradients, in the embedder's precision."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode(), self._autocast():
+                yield
+        finally:
+            self.train(training)
+
+    @property
+    def _held(self) -> Loaded | None:
+        """What other processes open to help encoding, where they can."""
+        return self.loaded or (HELD if _holds(self) else None)
+
+    @contextmanager
+    def _bar(self, texts: int, progress: bool) -> Iterator[Callable[[int], None]]:
+        """Advances a bar where there are texts enough for one."""
+        with progress_bar("encoding", texts) if progress and texts > 256 else nullcontext() as bar:
+            yield bar.advance if bar is not None else lambda n: None
 
     def _autocast(self) -> AbstractContextManager[Any]:
         mixed = self.precision == "bf16" and next(self.backbone.parameters()).dtype == torch.float32
@@ -222,15 +258,21 @@ def _holds(embedder: Embedder) -> bool:
     return isinstance(distributed.model, Embedder) and embedder.backbone is distributed.model.backbone
 
 
+def _model_of(loaded: Loaded) -> Embedder:
+    return distributed.model if loaded == HELD else _opened(loaded)
+
+
+def _tokens_of(loaded: Loaded, prompt: str, texts: Sequence[str]) -> Tokens:
+    """Tokens of some texts of a window, for another process."""
+    return _model_of(loaded).tokenize(texts, prompt)
+
+
 def _vectors_of(loaded: Loaded, threads: int, texts: Pack) -> Float32[np.ndarray, "m d"]:
     """A pack's vectors for another process, as it would have computed them itself: threads change last bits."""
     set_threads(threads)
-    embedder: Embedder = distributed.model if loaded == HELD else _opened(loaded)
-    training = embedder.training
-    with torch.inference_mode(), embedder.eval()._autocast():
-        vectors = embedder._vectors(texts)
-    embedder.train(training)
-    return vectors
+    embedder = _model_of(loaded)
+    with embedder._encoding():
+        return embedder._vectors(texts)
 
 
 def open_folder(name_or_folder: str | Path, max_length: int | None = None) -> Embedder:

@@ -41,10 +41,12 @@ from kinvec.trainer import (
     make_optimizer,
     prepare,
     step_chunks,
+    tokenized,
 )
 
-SECONDS = 12.0  # that the model runs for the forecast of the training, about; half as long for that of an evaluation
-WARM_TOKENS = 2048
+SECONDS = 12.0  # that the model runs at most for the forecast of the training; half as long for that of an evaluation
+SHARE = 0.05  # of what is forecast, that measuring may take
+WARM_TOKENS = 1024  # of a pack to warm up with, and of the smallest that is measured
 POINTS = 3  # lengths of text at which the model is timed
 UNTIL_GROWN = 18  # chunks after which freed memory is in as many pieces as the trainer bears (docs/experiments.md)
 STEPS = 12  # steps of the training whose lengths are looked at
@@ -179,19 +181,24 @@ def _encoding(embedder: Embedder, asked: Sequence[tuple[Sequence[str], str]]) ->
         embedder.encode([texts[row] for row in part.rows], prompt=asked[0][1], progress=False)
         return time.perf_counter() - begun
 
-    size = _affordable(ENCODE_TOKENS, SECONDS / 2 / POINTS, run, list(packs(tokens, WARM_TOKENS)))
+    whole = int(lengths.sum()) * len(every) // len(sample)
+    size = _affordable(ENCODE_TOKENS, whole, SECONDS / 2, run, list(packs(tokens, WARM_TOKENS)))
     chosen = spread(list(packs(tokens, size)))
     run(chosen[-1])  # memory that is fresh is slower
     cost = fitted([(part.lengths, run(part)) for part in chosen])
     return cost.of(lengths.tolist()) * len(every) / len(sample)
 
 
-def _affordable(most: int, seconds: float, run: Callable[[Pack], float], small: Sequence[Pack]) -> int:
-    """Tokens, at most `most`, that `run` takes about `seconds` for; tried on the small packs."""
+def _affordable(most: int, whole: int, seconds: float, run: Callable[[Pack], float], small: Sequence[Pack]) -> int:
+    """Tokens, at most `most`, of a pack such that all measuring takes `seconds`, or `SHARE` of `whole` tokens.
+
+    `run` gives the seconds of a pack; it is tried on one of the small.
+    """
     middle = small[len(small) // 2]
     run(middle)  # once to warm up
     rate = run(middle) / sum(middle.lengths)
-    return int(min(most, max(seconds / rate, WARM_TOKENS)))
+    tokens = min(seconds / rate, SHARE * whole) / (POINTS + 1)
+    return int(min(most, max(tokens, WARM_TOKENS)))
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -221,7 +228,7 @@ def training(embedder: Embedder, source: Mixture, settings: TrainerSettings) -> 
         steps, drawing = _steps(embedder, source, settings, total)
         before = held(embedder.device)
         with peak(embedder.device) as most:
-            chunks = _chunks(embedder, [asked for asked, _ in steps], settings)
+            chunks = _chunks(embedder, steps, settings, total)
         optimizing, gradients, moments = _optimizer(embedder, settings)
         embedder.zero_grad(set_to_none=True)
         scoring, scored = _loss(embedder, steps[0][0])
@@ -290,25 +297,27 @@ def _steps(
     begun = time.perf_counter()
     for number in np.linspace(0, total - 1, min(STEPS, total)).astype(int).tolist():
         asked = source.step(number, settings.batch_size)
-        _, lengths, _ = step_chunks(embedder, asked, settings.chunk_tokens)
-        found.append((asked, lengths))
+        found.append((asked, tokenized(embedder, asked).lengths))
         if time.perf_counter() - begun > SECONDS / 3:
             break
     return found, (time.perf_counter() - begun) / len(found)
 
 
-def _chunks(embedder: Embedder, steps: Sequence[Step], settings: TrainerSettings) -> list[Chunk]:
+def _chunks(
+    embedder: Embedder, steps: Sequence[tuple[Step, np.ndarray]], settings: TrainerSettings, total: int
+) -> list[Chunk]:
     """Chunks of real steps as measured, from the shortest texts to the longest, of several steps where one has few."""
 
     def run(texts: Pack) -> float:
-        one = _measured(embedder, steps[0], texts)
+        one = _measured(embedder, first, texts)
         return one.forward + one.both
 
-    small = step_chunks(embedder, steps[0], min(WARM_TOKENS, settings.chunk_tokens))[0]
-    size = _affordable(settings.chunk_tokens, SECONDS / (POINTS + 1), run, small)
+    first, whole = steps[0][0], int(total * np.mean([lengths.sum() for _, lengths in steps]))
+    small = step_chunks(embedder, tokenized(embedder, first), min(WARM_TOKENS, settings.chunk_tokens))[0]
+    size = _affordable(settings.chunk_tokens, whole, SECONDS, run, small)
     chosen: list[tuple[Step, Pack]] = []
-    for asked in steps:
-        chosen += [(asked, texts) for texts in spread(step_chunks(embedder, asked, size)[0])]
+    for asked, _ in steps:
+        chosen += [(asked, texts) for texts in spread(step_chunks(embedder, tokenized(embedder, asked), size)[0])]
         if len(chosen) >= POINTS:
             break
     _measured(embedder, *chosen[-1])  # memory that is fresh is slower

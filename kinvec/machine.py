@@ -1,4 +1,4 @@
-"""What this machine can do, how many of its threads are used, and how memory is kept and let go of."""
+"""What this machine can do, how its threads are used, and how memory is kept and let go of."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import contextlib
 import ctypes
 import mmap
 import os
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -25,6 +32,25 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
         threadpool_limits(threads)
         os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+
+
+def ahead(make: Callable[[Given], Made], given: Iterable[Given], device: torch.device) -> Generator[Made, None, None]:
+    """`make` of each, in order; while the caller computes with one on a GPU, a thread makes the next, and no more.
+
+    What `make` raises comes out where its turn is. On a CPU both want the same cores, and nothing is made before it is
+    asked for (docs/experiments.md).
+    """
+    if device.type == "cpu":
+        yield from map(make, given)
+        return
+    each = iter(given)
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        made = [make(first) for first in islice(each, 1)]  # one alone needs no thread
+        for following in each:
+            begun = thread.submit(make, following)
+            yield made.pop()
+            made.append(begun.result())
+        yield from made
 
 
 def keep_pages() -> None:

@@ -11,14 +11,13 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import psutil
 import torch
 from pydantic import Field, field_validator
@@ -27,14 +26,14 @@ from torch import Tensor
 from kinvec import distributed, masking
 from kinvec.attention import replace_dropout
 from kinvec.backbone import fuse, has_dropout, layers, recompute_layers, set_dropout, trainable
-from kinvec.batching import Pack, deal, pack
+from kinvec.batching import Pack, Tokens, deal, join, pack, shares
 from kinvec.config import Settings
 from kinvec.console import progress, say
 from kinvec.contracts import KinvecError, RecipeError
 from kinvec.embedder import Embedder
 from kinvec.faults import Spikes, refuse_fault
 from kinvec.gradcache import backward
-from kinvec.machine import release_pages
+from kinvec.machine import ahead, release_pages
 from kinvec.mixing import Mixture, Step
 from kinvec.planner import CHUNK_TOKENS, chunks_to_keep, memory_budget, parse_bytes, saved_bytes_per_token
 from kinvec.resuming import Progress, keep_log, restore_best, resume, saving
@@ -132,13 +131,16 @@ def fit(
         saving(run, settings.keep) as save,
         progress("training", total, state.step) as bar,
         open(log_file, "a") as log,
+        closing(_steps(embedder, source, settings, range(state.step, total))) as steps,
     ):
         while state.step < total and not (settings.early_stop and state.stale >= settings.early_stop):
             begun = time.perf_counter()
-            asked = source.step(state.step, settings.batch_size)
-            rate = learning_rate(state.step, total, settings)
+            asked, own = next(steps)
+            tokens = join(distributed.everyones(own))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(state.step, total, settings)
             _draw_anew(seed, state.step)
-            row = _step(embedder, asked, optimizer, rate, settings, state, plan, run)
+            row = _step(embedder, asked, tokens, optimizer, settings, state, plan, run)
             row |= _of_sets(asked, row["loss"])
             state.step += 1
             state.seconds += (seconds := time.perf_counter() - begun)
@@ -267,20 +269,37 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
+def _steps(
+    embedder: Embedder, source: Mixture, settings: TrainerSettings, numbers: Iterable[int]
+) -> Generator[tuple[Step, Tokens], None, None]:
+    """Steps by number, with the tokens of this process's share of their texts; on a GPU made while it computes."""
+
+    def drawn(number: int) -> tuple[Step, Tokens]:
+        asked = source.step(number, settings.batch_size)
+        return asked, tokenized(embedder, asked, distributed.rank(), distributed.world())
+
+    return ahead(drawn, numbers, embedder.device)
+
+
+def tokenized(embedder: Embedder, asked: Step, part: int = 0, parts: int = 1) -> Tokens:
+    """Tokens of a step's texts, queries first; or of a part of them, counted from 0."""
+    texts = [*asked.queries, *asked.documents]
+    own = shares(texts, parts)[part]
+    return embedder.tokenize(texts[own], [*asked.query_prompts, *asked.document_prompts][own])
+
+
 def _step(
-    embedder: Embedder, asked: Step, optimizer: torch.optim.Optimizer, rate: float, settings: TrainerSettings,
+    embedder: Embedder, asked: Step, tokens: Tokens, optimizer: torch.optim.Optimizer, settings: TrainerSettings,
     state: Progress, plan: tuple[float, int], run: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """One optimiser step; out of memory, the chunks are halved and the step begins again with the same random state."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    random_state = torch.get_rng_state()
+    random_state, rate = torch.get_rng_state(), optimizer.param_groups[0]["lr"]
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
             # Whichever graphs are kept, the bits are the same: the budget may follow the halvings.
             budget = plan[1] >> len(state.halvings)
-            loss, lengths, measures = _gradients(embedder, asked, state.chunk_tokens, (plan[0], budget))
+            loss, measures = _gradients(embedder, asked, tokens, state.chunk_tokens, (plan[0], budget))
             break
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
@@ -304,26 +323,25 @@ def _step(
     norm = float(distributed.whole(torch.nn.utils.clip_grad_norm_(weights, settings.clip or math.inf)))
     refuse_fault(run, state.step + 1, asked.batch, {"loss": loss, "grad_norm": norm, "lr": rate})
     optimizer.step()
-    tokens = int(lengths.sum())
-    padded = float(lengths.max()) * len(lengths)
+    count, padded = int(tokens.lengths.sum()), float(tokens.lengths.max()) * len(tokens)
     return {
-        "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "pairs": len(asked.batch.ids),
-        "padding_share": 0.0 if embedder.backbone.packs else round(1 - tokens / padded, 4),
+        "loss": loss, "lr": rate, "grad_norm": norm, "tokens": count, "pairs": len(asked.batch.ids),
+        "padding_share": 0.0 if embedder.backbone.packs else round(1 - count / padded, 4),
         **measures,
     }  # fmt: skip
 
 
 def _gradients(
-    embedder: Embedder, asked: Step, chunk_tokens: int, plan: tuple[float, int]
-) -> tuple[float, np.ndarray, dict[str, float]]:
-    """The loss, with its gradients left on the parameters; the texts' lengths; what the objective measures."""
+    embedder: Embedder, asked: Step, tokens: Tokens, chunk_tokens: int, plan: tuple[float, int]
+) -> tuple[float, dict[str, float]]:
+    """The loss, with its gradients left on the parameters, and what the objective measures."""
     objective, batch = asked.objective, asked.batch
-    chunks, lengths, sizes = step_chunks(embedder, asked, chunk_tokens)
+    chunks, sizes = step_chunks(embedder, tokens, chunk_tokens)
     if objective.ask is not None:
         clozes = [objective.ask(embedder.tokenizer, chunk) for chunk in chunks]
         of_tokens = in_precision(embedder, embedder.backbone), in_precision(embedder, embedder.language)
         value, right = masking.backward(*of_tokens, clozes)
-        return value, lengths, {"accuracy": right}
+        return value, {"accuracy": right}
     keep = min(chunks_to_keep(own, *plan) for own in sizes)
     count = len(asked.queries)
     measures: dict[str, float] = {}
@@ -336,20 +354,14 @@ def _gradients(
 
     distributed.scatter_gradients(embedder, False)
     at_last = partial(distributed.scatter_gradients, embedder, True)
-    return backward(_embed(embedder), chunks, loss, keep, at_last), lengths, measures
+    return backward(_embed(embedder), chunks, loss, keep, at_last), measures
 
 
-def step_chunks(embedder: Embedder, asked: Step, chunk_tokens: int) -> tuple[list[Pack], np.ndarray, list[list[int]]]:
-    """This process's packs of a step, of about `chunk_tokens` each; all texts' lengths; the sizes of everyone's packs.
-
-    Queries come first, and a pack's size is its tokens.
-    """
-    tokens = embedder.tokenize(asked.queries, asked.query_prompts)
-    tokens = tokens + embedder.tokenize(asked.documents, asked.document_prompts)
-    lengths = tokens.lengths
-    dealt = deal(lengths, chunk_tokens, distributed.world())
+def step_chunks(embedder: Embedder, tokens: Tokens, chunk_tokens: int) -> tuple[list[Pack], list[list[int]]]:
+    """This process's packs of a step, of about `chunk_tokens` each, and everyone's packs' sizes, in tokens."""
+    dealt = deal(tokens.lengths, chunk_tokens, distributed.world())
     chunks = [pack(tokens, rows).to(embedder.device) for rows in dealt[distributed.rank()]]
-    return chunks, lengths, [[int(lengths[rows].sum()) for rows in own] for own in dealt]
+    return chunks, [[int(tokens.lengths[rows].sum()) for rows in own] for own in dealt]
 
 
 def _embed(embedder: Embedder) -> Callable[[Pack], Tensor]:
@@ -381,7 +393,8 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def bytes_and_budget(embedder: Embedder, source: Mixture, settings: TrainerSettings) -> tuple[float, int]:
     """(bytes a token, budget): what decides how many chunks keep their graphs."""
-    chunks, *_ = step_chunks(embedder, source.step(0, min(settings.batch_size, max(16, len(source.sets)))), 2048)
+    few = source.step(0, min(settings.batch_size, max(16, len(source.sets))))
+    chunks, _ = step_chunks(embedder, tokenized(embedder, few), 2048)
     bytes_per_token = saved_bytes_per_token(embedder, _embed(embedder), chunks[-1])
     release_pages()  # what evaluation has left in pieces
     budget = memory_budget(settings.memory_budget, embedder.device)

@@ -35,7 +35,7 @@ TOLERANCE = 1e-4  # of the design, in float32
 def random_tokens(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Tokens:
     draw = torch.Generator().manual_seed(seed)
     ids = [torch.randint(5, VOCABULARY, (length,), generator=draw).tolist() for length in lengths]
-    return Tokens(ids, [0] * len(ids))
+    return lay(ids)
 
 
 def everything(tokens: Tokens) -> Pack:
@@ -49,12 +49,12 @@ def backbone_of(name: str) -> Backbone:
 
 def padded_states(model: Any, tokens: Tokens) -> list[Tensor]:
     """Each text's hidden states from transformers itself: right padding and a two-dimensional mask."""
-    width = max(tokens.lengths)
+    width = int(max(tokens.lengths))
     pad = model.config.pad_token_id
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in tokens.ids])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens.ids])
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in tokens.rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens.rows])
     hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    return [states[: len(row)] for states, row in zip(hidden, tokens.ids, strict=True)]
+    return [states[: len(row)] for states, row in zip(hidden, tokens.rows, strict=True)]
 
 
 def packed_states(backbone: Backbone, tokens: Tokens) -> list[Tensor]:
@@ -101,7 +101,7 @@ def test_models_without_custom_attention_give_what_transformers_gives(name: str)
     plain, backbone = build(name), backbone_of(name)
     assert not backbone.packs
     ours = packed_states(backbone, tokens)
-    for mine, ids in zip(ours, tokens.ids, strict=True):
+    for mine, ids in zip(ours, tokens.rows, strict=True):
         alone = plain(input_ids=torch.tensor([ids])).last_hidden_state[0]
         torch.testing.assert_close(mine, alone, atol=TOLERANCE, rtol=0)
     mine_by_name = gradients(backbone.model, ours)
@@ -114,8 +114,9 @@ def test_models_without_custom_attention_give_what_transformers_gives(name: str)
 @pytest.mark.parametrize("name", [*PACKED, *PADDED])
 def test_no_text_sees_another(name: str) -> None:
     tokens = random_tokens()
-    changed = Tokens([list(ids) for ids in tokens.ids], tokens.skip)
-    changed.ids[3] = [(i + 7 - 5) % (VOCABULARY - 5) + 5 for i in changed.ids[3]]
+    rows = tokens.rows
+    rows[3] = [(i + 7 - 5) % (VOCABULARY - 5) + 5 for i in rows[3]]
+    changed = lay(rows)
     backbone = backbone_of(name)
     with torch.no_grad():
         before, after = packed_states(backbone, tokens), packed_states(backbone, changed)
@@ -129,7 +130,8 @@ def test_no_text_sees_another(name: str) -> None:
 def test_a_sliding_window_is_shorter_than_the_texts_and_is_felt() -> None:
     """In one layer with a window of 6 the first token must not reach the last of a long text."""
     tokens = random_tokens((20,))
-    changed = Tokens([[tokens.ids[0][0] % 200 + 20, *tokens.ids[0][1:]]], [0])
+    (text,) = tokens.rows
+    changed = lay([[text[0] % 200 + 20, *text[1:]]])
     backbone = Backbone(build("mistral", num_hidden_layers=1), 0)
     with torch.no_grad():
         before, after = packed_states(backbone, tokens)[0], packed_states(backbone, changed)[0]
@@ -140,7 +142,8 @@ def test_a_sliding_window_is_shorter_than_the_texts_and_is_felt() -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mistral"])
 def test_decoders_stay_causal_and_is_causal_false_makes_them_bidirectional(name: str) -> None:
     tokens = random_tokens((12, 5))
-    changed = Tokens([tokens.ids[0][:-1] + [tokens.ids[0][-1] % 200 + 20], tokens.ids[1]], [0, 0])
+    first, second = tokens.rows
+    changed = lay([[*first[:-1], first[-1] % 200 + 20], second])
     moved = {}
     for causal in (True, False):
         model = build(name)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tokenizer_of
 
-from kinvec.batching import Tokens, cut, packs, prompt_length, tokenize
+from kinvec.batching import cut, lay, packs, prompt_length, tokenize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 120))
 def test_packs_hold_every_text_once_and_whole_within_the_budget(lengths: list[int], budget: int) -> None:
-    tokens = Tokens([[1000 * row + place for place in range(n)] for row, n in enumerate(lengths)], [0] * len(lengths))
+    tokens = lay([[1000 * row + place for place in range(n)] for row, n in enumerate(lengths)])
     seen: list[int] = []
     for texts in packs(tokens, budget):
         assert sum(texts.lengths) <= budget or len(texts) == 1
@@ -26,7 +26,7 @@ def test_packs_hold_every_text_once_and_whole_within_the_budget(lengths: list[in
         assert len({length for _, length in texts.runs}) == len(texts.runs)
         parts = zip(texts.input_ids.split(list(texts.lengths)), texts.positions.split(list(texts.lengths)), strict=True)
         for row, start, (ids, positions) in zip(texts.rows, texts.starts.tolist(), parts, strict=True):
-            assert ids.tolist() == tokens.ids[row] and texts.input_ids[start] == tokens.ids[row][0]
+            assert ids.tolist() == tokens.rows[row] and texts.input_ids[start] == tokens.rows[row][0]
             assert positions.tolist() == list(range(len(ids)))
         ids, mask = texts.padded(-1)
         assert torch.equal(ids[mask.bool()], texts.input_ids) and (ids[~mask.bool()] == -1).all()
@@ -49,8 +49,8 @@ def test_prompts_come_before_the_text_and_are_counted(style: str, specials: int)
     plain = tokenize(tokenizer, ["gene", ""], 64)
     prompted = tokenize(tokenizer, ["gene", ""], 64, "cell blood:", skip_prompt=True)
     length = prompt_length(tokenizer, "cell blood:", 64)
-    assert prompted.skip == [length, length] and plain.skip == [0, 0]
-    assert prompted.ids[0][:length] == tokenizer(["cell blood:"])["input_ids"][0][:length]
-    assert len(prompted.ids[1]) >= length and len(plain.ids[1]) == max(specials, 1)
-    assert all(len(ids) <= 5 for ids in tokenize(tokenizer, ["a long text of many words"] * 3, 5, "cell ").ids)
+    assert prompted.skip.tolist() == [length, length] and plain.skip.tolist() == [0, 0]
+    assert prompted.rows[0][:length] == tokenizer(["cell blood:"])["input_ids"][0][:length]
+    assert prompted.lengths[1] >= length and plain.lengths[1] == max(specials, 1)
+    assert (tokenize(tokenizer, ["a long text of many words"] * 3, 5, "cell ").lengths <= 5).all()
     assert len(tokenize(tokenizer, [], 64)) == 0

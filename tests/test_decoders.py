@@ -194,10 +194,10 @@ def test_the_end_of_sequence_token_is_appended_and_never_cut_away(tmp_path: Path
     long = "the blood of a mouse shows high risk of heart infection " * 4
     tokens = model.tokenize([*TEXTS, long, ""])
     end = model.tokenizer.eos_token_id
-    assert all(row[-1] == end and row.count(end) == 1 for row in tokens.ids) and max(map(len, tokens.ids)) == 8
+    assert all(row[-1] == end and row.count(end) == 1 for row in tokens.rows) and max(tokens.lengths) == 8
     model.save(tmp_path / "model")
     again = agrees(tmp_path / "model")
-    assert again.append_eos and again.tokenize([long]).ids[0] == tokens.ids[4]
+    assert again.append_eos and again.tokenize([long]).rows[0] == tokens.rows[4]
 
 
 def test_a_lost_end_of_sequence_token_is_refused(tmp_path: Path) -> None:

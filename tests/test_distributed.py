@@ -32,7 +32,7 @@ from kinvec.files import open_data
 from kinvec.mixing import alone
 from kinvec.objectives import ObjectiveSettings, make_objective
 from kinvec.sampling import DataSettings, label_source
-from kinvec.trainer import TrainerSettings, _gradients, _prepared
+from kinvec.trainer import TrainerSettings, _gradients, _prepared, tokenized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,7 +83,8 @@ def gradients_of(folder: Path, one: dict[str, Any], pairs: Path, labelled: Path)
     else:
         source = source_of(pairs, negatives_per_query=1)
     step = alone(source, objective).step(0, 24)
-    value, *_ = _gradients(embedder, step, one["chunk"], (100.0, ALL if one["keep"] else 0))
+    tokens = join(distributed.everyones(tokenized(embedder, step, distributed.rank(), distributed.world())))
+    value, *_ = _gradients(embedder, step, tokens, one["chunk"], (100.0, ALL if one["keep"] else 0))
     distributed.add_gradients(parameter for _, parameter in trainable(embedder))
     found = {name: distributed.whole(p.grad).clone() for name, p in trainable(embedder) if p.grad is not None}
     return found | {"loss": torch.tensor(value, dtype=torch.float64)}

@@ -31,7 +31,7 @@ def step_tokens() -> Tokens:
     """Six short queries, then six documents, of lengths 2 to 30."""
     draw = torch.Generator().manual_seed(0)
     lengths = [2, 5, 3, 5, 8, 2, 30, 12, 12, 25, 7, 19]
-    return Tokens([torch.randint(5, VOCABULARY, (n,), generator=draw).tolist() for n in lengths], [0] * len(lengths))
+    return lay([torch.randint(5, VOCABULARY, (n,), generator=draw).tolist() for n in lengths])
 
 
 class Step:

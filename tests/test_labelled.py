@@ -31,7 +31,7 @@ from kinvec.pipeline import open_run_data, run
 from kinvec.recipe import load_recipe
 from kinvec.reporting import build_report, collect
 from kinvec.sampling import DataSettings, LabelSource, label_source, scored_source
-from kinvec.trainer import step_chunks
+from kinvec.trainer import step_chunks, tokenized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,7 +137,7 @@ def test_a_step_in_chunks_is_the_step_in_one_piece(
     found = {}
     for tokens in (4096, 16):
         embedder.zero_grad()
-        chunks, *_ = step_chunks(embedder, asked, tokens)
+        chunks, _ = step_chunks(embedder, tokenized(embedder, asked), tokens)
         value = backward(
             embedder, chunks, lambda vectors: chosen.loss(vectors, vectors[:0], asked.batch), keep=tokens // 4096
         )

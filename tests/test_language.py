@@ -183,9 +183,9 @@ def test_gradients_are_those_of_transformers_own_loss(tmp_path: Path) -> None:
         found[budget] = loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model.backbone.model.set_attn_implementation("eager")  # type: ignore[operator]
-    count = sum(len(row) - 1 for row in tokens.ids)
+    count = sum(len(row) - 1 for row in tokens.rows)
     total = 0.0
-    for row in tokens.ids:
+    for row in tokens.rows:
         ids = torch.tensor([row])
         part = head.whole(input_ids=ids, labels=ids).loss * (len(row) - 1) / count
         part.backward()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kinvec.batching import Pack, Tokens, pack
+from kinvec.batching import Pack, lay, pack
 from kinvec.masking import MaskingSettings, ask
 
 HIDDEN, VOCABULARY, SPECIAL = 4, 50, torch.tensor([0, 2, 3])
@@ -15,7 +15,7 @@ HIDDEN, VOCABULARY, SPECIAL = 4, 50, torch.tensor([0, 2, 3])
 def packed(lengths: list[int], seed: int) -> Pack:
     draw = torch.Generator().manual_seed(seed)
     rows = [torch.randint(0, VOCABULARY, (length,), generator=draw).tolist() for length in lengths]
-    return pack(Tokens(rows, [0] * len(rows)), range(len(rows)))
+    return pack(lay(rows), range(len(rows)))
 
 
 def token_by_token(

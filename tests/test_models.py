@@ -149,7 +149,7 @@ def test_the_language_model_of_a_translated_folder_opens_too(name: str, tmp_path
 def test_a_tokenizer_that_forgets_its_end_is_made_to_keep_it(tmp_path: Path) -> None:
     """`add_eos_token` in tokenizer_config.json, which transformers' Qwen2 tokenizer does not heed."""
     ours = load(build(QWEN2, tmp_path / "said"))
-    assert ours.tokenize(["cell", "cell " * 200]).ids[1][-1] == ours.tokenizer.eos_token_id
+    assert ours.tokenize(["cell", "cell " * 200]).last[1] == ours.tokenizer.eos_token_id
     silent = load(build(replace(QWEN2, tokenizer_says={}), tmp_path / "silent"))
-    assert silent.tokenize(["cell"]).ids[0][-1] != silent.tokenizer.eos_token_id
+    assert silent.tokenize(["cell"]).last[0] != silent.tokenizer.eos_token_id
     assert distance(ours, tmp_path / "silent") > 0.01

@@ -98,7 +98,7 @@ def test_an_embedding_model_brings_its_prompts_and_a_word_list_its_tokenizer(ber
     kinvec.convert(archive, tmp_path / "back")
     back, plain = kinvec.Embedder.load(tmp_path / "back"), kinvec.Embedder.load(bert)
     assert back.prompts == {"query": "query: ", "document": "passage: "}
-    assert back.tokenize(["The blood, a mouse"]).ids == plain.tokenize(["The blood, a mouse"]).ids
+    assert back.tokenize(["The blood, a mouse"]).rows == plain.tokenize(["The blood, a mouse"]).rows
 
 
 def test_info_says_what_an_archive_is(archives: dict[bool, Path], main: Callable[..., tuple[int, str]]) -> None:
