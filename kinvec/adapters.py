@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
+import sys
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +49,7 @@ class LoraSettings(Settings):
 
 def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
     """Put adapters on and freeze the rest. Raises `KinvecError` when a target names no layer of the model."""
+    bitsandbytes()
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -61,6 +66,7 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
 
 def load_lora(backbone: Backbone, adapter: Path) -> None:
     """Put the adapters of a PEFT folder on. Raises `KinvecError` where they do not fit or are not safetensors."""
+    bitsandbytes()
     from peft import PeftModel
 
     if not (adapter / "adapter_model.safetensors").is_file():
@@ -111,6 +117,8 @@ def shortened(layer: nn.Linear | FewBits) -> bool:
 
 def quantise(backbone: Backbone, base: str, device: torch.device) -> None:
     """Hold the frozen linear layers in few bits, on `device`. Raises `KinvecError` where bitsandbytes is not there."""
+    if bitsandbytes() is None:
+        raise KinvecError(f"lora.base={base} needs bitsandbytes, which is not installed; pip install 'kinvec[qlora]'")
     for name, layer in frozen_layers(backbone).items():
         if isinstance(layer, nn.Linear):
             backbone.model.set_submodule(name, FewBits(layer.to(device), base))
@@ -126,7 +134,7 @@ class FewBits(nn.Module):
 
     def __init__(self, layer: nn.Linear, base: str) -> None:
         super().__init__()
-        library, weight = _bitsandbytes(), layer.weight.data
+        library, weight = bitsandbytes(), layer.weight.data
         self.base, self.shape = base, weight.shape
         self.bias: Tensor | None = layer.bias
         if base == "int8":
@@ -163,11 +171,20 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.opened(gradient.dtype), None
 
 
-def _bitsandbytes() -> Any:
+@cache
+def bitsandbytes() -> Any:
+    """The library's functions; None where it is not installed.
+
+    Imported here before PEFT does it: where it finds the package `kernels`, it takes compiled code from the hub, which
+    nobody has asked for.
+    """
+    before, sys.modules["kernels"] = sys.modules.get("kernels"), None  # type: ignore[assignment]
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it would regret it on every machine
     try:
-        import bitsandbytes.functional
+        return importlib.import_module("bitsandbytes.functional")
     except ImportError:
-        raise KinvecError(
-            "lora.base=int8 and nf4 need bitsandbytes, which is not installed; pip install 'kinvec[qlora]'"
-        ) from None
-    return bitsandbytes.functional
+        return None
+    finally:
+        del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -154,11 +157,9 @@ def test_a_base_in_bf16_changes_no_bit_of_a_bf16_run(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("base, held_in, near", [("int8", torch.int8, 0.05), ("nf4", torch.uint8, 0.3)])
-def test_adapters_train_on_a_base_in_few_bits(
-    tmp_path: Path, tiny_pairs: Path, main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch,
-    base: str, held_in: torch.dtype, near: float,
-) -> None:  # fmt: skip
+def test_adapters_train_on_a_base_in_four_bits(
+    tmp_path: Path, tiny_pairs: Path, main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The base lies in fewer bytes, losses are near, what is saved is the whole base with the adapter; resumed too."""
     pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
     from peft import PeftModel
@@ -174,15 +175,15 @@ def test_adapters_train_on_a_base_in_few_bits(
         return fit(embedder, *arguments)
 
     monkeypatch.setattr("kinvec.pipeline.fit", spy)
-    for out, held in (("whole", "fp32"), ("few", base)):
+    for out, held in (("whole", "fp32"), ("few", "nf4")):
         code, said = lora_run(main, tmp_path / out, model, tiny_pairs, f"lora.base={held}")
         assert code == 0, said
-    assert [{weight.dtype for weight in held} for held in frozen] == [{torch.float32}, {held_in}]
+    assert [{weight.dtype for weight in held} for held in frozen] == [{torch.float32}, {torch.uint8}]
     whole_bytes, few_bytes = (sum(weight.nbytes for weight in held) for held in frozen)
-    assert few_bytes * (4 if base == "int8" else 8) == whole_bytes
+    assert few_bytes * 8 == whole_bytes
     expected, found = contents(tmp_path / "whole"), contents(tmp_path / "few")
     losses = [[row["loss"] for row in run[0]] for run in (expected, found)]
-    assert losses[0] != losses[1] and np.allclose(losses[0], losses[1], rtol=near)
+    assert losses[0] != losses[1] and np.allclose(losses[0], losses[1], rtol=0.3)
     assert found[3][0]["metrics"].keys() == expected[3][0]["metrics"].keys()
     before, after = (run[3][0]["metrics"]["nDCG@10"]["base"] for run in (expected, found))
     assert before == after, "the base is measured as it is published"
@@ -192,7 +193,7 @@ def test_adapters_train_on_a_base_in_few_bits(
     assert found[1] and all(torch.equal(value, merged[key]) for key, value in found[1].items() if key in merged)
 
     forget_the_end(tmp_path / "few", after_step=3)
-    code, said = lora_run(main, tmp_path / "few", model, tiny_pairs, f"lora.base={base}")
+    code, said = lora_run(main, tmp_path / "few", model, tiny_pairs, "lora.base=nf4")
     assert code == 0 and "continuing after step" in said
     again = contents(tmp_path / "few")
     assert again[0] == found[0] and all(torch.equal(value, found[1][key]) for key, value in again[1].items())
@@ -218,6 +219,30 @@ def test_a_layer_in_few_bits_multiplies_by_what_its_codes_say(base: str, near: f
     tolerance = 1e-5 if precision is torch.float32 else 2e-2
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() < tolerance * other.norm()
+
+
+def test_no_compiled_code_is_taken_from_the_hub_and_a_missing_library_is_named(tmp_path: Path) -> None:
+    """Bitsandbytes asks the package `kernels` for some when it is imported: an empty one stands there and tells."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+    (tmp_path / "kernels.py").write_text("def get_kernel(*a, **k):\n    raise SystemExit('asked the hub')\n")
+    program = """
+import sys
+from kinvec import adapters
+assert adapters.bitsandbytes() is not None
+import kernels
+assert kernels.get_kernel
+sys.modules["bitsandbytes"] = sys.modules["bitsandbytes.functional"] = None
+adapters.bitsandbytes.cache_clear()
+try:
+    adapters.quantise(None, "nf4", None)
+except adapters.KinvecError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "lora.base=nf4 needs bitsandbytes" in done.stdout and "pip install 'kinvec[qlora]'" in done.stdout
 
 
 def forget_the_end(run: Path, after_step: int) -> None:
