@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -64,6 +65,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_metadata(path: Path) -> Metadata:
+    if not all(part.is_file() or part.is_dir() for part in path.glob("*")):
+        raise KinvecError(f"{path}: a broken link, a pipe or a device is in it; a checkpoint has files alone")
     try:
         metadata = _Unpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
     except KinvecError:
@@ -152,7 +155,7 @@ def steps(folder: Path) -> Iterator[tuple[int, Path]]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".step-"):
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith("step-") and (path / MANIFEST).is_file():
+        elif re.fullmatch(r"step-\d{1,18}", path.name) and (path / MANIFEST).is_file():
             yield int(path.name.removeprefix("step-")), path
 
 

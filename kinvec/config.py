@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from kinvec.contracts import RecipeError, without_secrets
 
-MOST_BYTES = 1 << 20  # of a YAML file
+MOST_BYTES = 1 << 18  # of a YAML file: some seconds of parsing
 MOST_VALUES, DEEPEST = 100_000, 50  # in it, aliases unfolded
 MOST_REFERENCES = 20  # `${…}` in a recipe: strings that name strings that name strings double each time
 
@@ -87,7 +87,7 @@ def parse_yaml(raw: bytes | str) -> Any:
     """
     text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
     if len(text) > MOST_BYTES:
-        raise YAMLError(f"longer than {MOST_BYTES >> 20} MiB")
+        raise YAMLError(f"longer than {MOST_BYTES >> 10} KiB")
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -186,7 +186,8 @@ def inner_name(name: str, annotation: Any) -> str:
 
 def _read(path: Path) -> Any:
     try:
-        text = path.read_text("utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)  # of a device it would have no end
         if not isinstance(parse_yaml(text), dict):
             raise RecipeError(f"{path}: a recipe is a mapping of keys to values, such as 'model: NAME'")
         node = OmegaConf.load(io.StringIO(text))

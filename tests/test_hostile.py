@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 import os
 import pickle
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from targets import attempt
+from targets import READERS, attempt, guarded
 
 from kinvec.contracts import KinvecError
 from kinvec.files import open_data, records
@@ -49,6 +53,17 @@ def petabytes(raw: bytes) -> bytes:
     head = {"w": {"dtype": "F32", "shape": [1 << 40, 1 << 8], "data_offsets": [0, 1 << 50]}}
     text = json.dumps(head).encode()
     return len(text).to_bytes(8, "little") + text + raw[:64]
+
+
+def piled_up(raw: bytes) -> bytes:
+    """Every tensor of a shape where the first of that shape is."""
+    size = int.from_bytes(raw[:8], "little")
+    head, first = json.loads(raw[8 : 8 + size]), {}
+    for said in head.values():
+        if "shape" in said:
+            said["data_offsets"] = first.setdefault(tuple(said["shape"]), said["data_offsets"])
+    text = json.dumps(head).encode()
+    return len(text).to_bytes(8, "little") + text + raw[8 + size :]
 
 
 def array_head(shape: str, kind: str = "<f4") -> Callable[[bytes], bytes]:
@@ -95,6 +110,9 @@ HOSTILE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
         "decoder/model.safetensors.index.json", with_values(weight_map={"x": "/dev/zero"}), "is no file beside it"
     ),
     "ranges elsewhere": ("stored/manifest.json", with_values(ranges="../vectors/doc.npy"), "not in the folder"),
+    "vectors elsewhere": (
+        "vectors/manifest.json", with_values(rows={"../../mine": 1}, checksums={"../../mine.npy": ""}), "not in the fol"
+    ),
     "shards of data elsewhere": (
         "saved/test/state.json", with_values(_data_files=[{"filename": "../../x.arrow"}]), "is no file beside it"
     ),
@@ -114,6 +132,10 @@ HOSTILE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "settings without end": ("model/config.json", lambda _: b'{"a":' * 100_000, "nested too deeply"),
     "a manifest without end": ("checkpoint/step-00000003/manifest.json", lambda _: b"[" * 5000, "damaged"),
     "an array of exabytes": ("vectors/doc.npy", array_head(f"({1 << 50}, 8)"), "NumPy array"),
+    "tensors on top of each other": ("model/model.safetensors", piled_up, "damaged"),
+    "an array with a head of 4 GiB": (
+        "vectors/doc.npy", lambda raw: b"\x93NUMPY\x02\x00" + b"\xff" * 4 + raw[10:], "no plain NumPy array"
+    ),
     "an array of objects": ("vectors/doc.npy", array_head("(1, 1)", "|O"), "NumPy array"),
     "an array of a number": ("vectors/doc.npy", array_head("()"), "no rows of numbers"),
 }  # fmt: skip
@@ -158,6 +180,32 @@ def test_a_device_or_a_pipe_in_a_folder_is_not_read(good: Path, tmp_path: Path) 
         refuses(model, "a broken link, a pipe or a device")
 
 
+ENDLESS = (
+    "run/log.jsonl", "vectors/doc.npy", "vectors/doc.ids", "vectors/manifest.json", "stored/ranges.npy",
+    "saved/test/data-00000-of-00001.arrow", "checkpoint/step-00000003/.metadata", "result/cheaper.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ENDLESS)
+def test_a_device_in_the_place_of_a_file_is_not_read(
+    target: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KINVEC_CACHE", str(tmp_path / "cache"))
+    reader = target.split("/")[0]
+    of_good(good, reader, tmp_path)
+    (tmp_path / target).unlink()
+    (tmp_path / target).symlink_to("/dev/zero")
+    for call in READERS[reader](tmp_path / reader):
+        with contextlib.suppress(KinvecError), guarded(tmp_path, good):
+            call()
+
+
+def test_a_pipe_is_no_part_of_data(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.jsonl")
+    with pytest.raises(KinvecError, match="no data file"):
+        open_data(tmp_path)
+
+
 def test_weights_are_tensors_alone_and_uncompressed(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +248,52 @@ def test_a_row_without_end_ends_the_reading(
         open_data(tmp_path / name, skip_bad=True)
 
 
+def test_a_first_cell_may_be_long(tmp_path: Path) -> None:
+    """Python's csv reads cells of 128 KiB unless it is told otherwise."""
+    csv.field_size_limit(1 << 17)
+    (tmp_path / "a.csv").write_text(f"text,{'x' * 200_000}\nthe text,\n")
+    assert len(open_data(tmp_path / "a.csv")) == 1
+
+
+def test_a_row_of_cells_without_end_ends_the_reading(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text" + "," * 10_000 + "\nx\n")
+    with pytest.raises(KinvecError, match=r"a.csv:1: the row has 10,001 cells"):
+        open_data(tmp_path / "a.csv", skip_bad=True)
+
+
+def folded(rows: int, cell: str, nested: bool) -> Any:
+    """A column of equal cells, which Parquet keeps once."""
+    cells = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([cell]))
+    return pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32), cells) if nested else cells
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_cell_that_repeats_without_end_ends_the_reading(nested: bool, tmp_path: Path) -> None:
+    """Kilobytes that stand for hundreds of megabytes of memory at once, and of the disk in the end."""
+    columns = {"query": folded(400, "q", False), "pos_doc": folded(400, "x" * (1 << 20), nested)}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(KinvecError, match="unfold to a thousand times"):
+        open_data(tmp_path / "a.parquet", skip_bad=True)
+
+
+def test_a_dictionary_is_read(tmp_path: Path) -> None:
+    columns = {"query": folded(5, "why", False), "pos_doc": folded(5, "so", True)}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows = open_data(tmp_path / "a.parquet").arrow.rows.to_pylist()
+    assert [(row["query"], row["pos_doc"]) for row in rows] == [("why", ["so"])] * 5
+
+
+def test_a_saved_data_set_is_not_compressed(good: Path, tmp_path: Path) -> None:
+    saved = of_good(good, "saved", tmp_path)
+    file = saved / "test" / "data-00000-of-00001.arrow"
+    table = pa.ipc.open_stream(file.read_bytes()).read_all()
+    table = table.set_column(table.schema.names.index("query"), "query", pa.array(["x" * 100_000] * 3))
+    with pa.ipc.new_stream(file, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as sink:
+        sink.write_table(table)
+    with pytest.raises(KinvecError, match="compressed"):
+        open_data(saved, split="test")
+
+
 def test_a_broken_name_of_a_column_is_noted(tmp_path: Path) -> None:
     """What is wrong with a row is kept in a file beside the rows, which takes no half of a surrogate pair."""
     rows = ['{"query": "q", "pos_doc": "d"}', '{"query": "q", "\\ud800": "d"}']
@@ -221,7 +315,7 @@ REFERENCES = "a0: " + "x" * 100 + "\n" + "".join(f"a{i}: {f'${{a{i - 1}}}' * 9}\
         ("out: !!python/object/apply:os.system [touch surprised]\n", "not valid YAML"),
         ("a: " + "[" * 3000, "nested more than|not valid YAML"),
         ("a: 1\nout: ${oc.env:NO_SUCH}\n", "NO_SUCH"),
-        ("out: '" + "x" * (1 << 20) + "'", "longer than 1 MiB"),
+        ("out: '" + "x" * (1 << 20) + "'", "longer than 256 KiB"),
     ],
 )
 def test_a_recipe_does_not_unfold(text: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +328,14 @@ def test_a_recipe_does_not_unfold(text: str, says: str, tmp_path: Path, monkeypa
     with pytest.raises(KinvecError):
         load_recipe(None, [f"prompts={line.partition(': ')[2]}" for line in text.splitlines()])
     assert not (tmp_path / "surprised").exists()
+
+
+def test_a_recipe_ends(tmp_path: Path) -> None:
+    from kinvec.recipe import load_recipe
+
+    (tmp_path / "mine.yaml").symlink_to("/dev/zero")
+    with pytest.raises(KinvecError, match="longer than 256 KiB"):
+        load_recipe(tmp_path / "mine.yaml")
 
 
 def test_a_command_of_nemo_adds_no_setting_of_its_own(tmp_path: Path) -> None:

@@ -52,6 +52,13 @@ def tar_of(path: Path, members: Iterable[tuple[tarfile.TarInfo, bytes]]) -> Path
     return path
 
 
+def negative(name: str, size: int) -> tuple[tarfile.TarInfo, bytes]:
+    """A header of less than nothing, after which the reading would go on before it."""
+    info = tarfile.TarInfo(name)
+    info.pax_headers = {"size": str(size)}
+    return info, b""
+
+
 def sized(name: str, size: int) -> tuple[tarfile.TarInfo, bytes]:
     """A header that claims more than follows."""
     info = tarfile.TarInfo(name)
@@ -73,6 +80,7 @@ HOSTILE_MEMBERS: dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str]] = {
     "a name twice but for case": ([member("A/b"), member("a/B")], "is in the archive twice"),
     "a file as folder": ([member("a"), member("a/b")], "is in the archive twice"),
     "too deep": ([member("a/" * 30 + "b")], "deeper than"),
+    "less than nothing": ([negative("a", -1 << 40)], r"claims -1,099,511,627,776 bytes"),
     "too large": ([sized("a", 40 << 30)], "too large"),
     "too many": ([member(f"f{i}") for i in range(60)], "more than 50 members"),
 }  # fmt: skip

@@ -92,6 +92,7 @@ def _is_object(line: str) -> bool:
 
 def _delimited(text: str, delimiters: str, known_columns: Collection[str], *, whole: bool) -> Form:
     """Separator, quoting and whether there is a header: the separator that makes the first line name a known column."""
+    csv.field_size_limit(HEAD_BYTES)
     if not whole:
         text = text[: text.rfind("\n") + 1] or text
     lines = [line for line in text.splitlines() if line.strip()][:SNIFFED_LINES]

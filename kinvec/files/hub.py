@@ -55,7 +55,7 @@ def open_saved(path: Path, split: str) -> Dataset:
         path = path / split
     with one_sentence(f"{path}: cannot be read", "save the data set again (save_to_disk)"):
         for file in read_object(path / "state.json").get("_data_files") or ():
-            if not _WORD.fullmatch(file["filename"]):
+            if not _WORD.fullmatch(file["filename"]) or not (path / file["filename"]).is_file():
                 raise KinvecError(f"{path / 'state.json'}: '{file['filename']}' is no file beside it; refused")
             _check_arrow(path / file["filename"])
         found = load_from_disk(str(path))
@@ -65,9 +65,13 @@ def open_saved(path: Path, split: str) -> Dataset:
 def _check_arrow(path: Path) -> None:
     import pyarrow as pa
 
+    left = path.stat().st_size
     with pa.memory_map(str(path)) as mapped:
         for batch in pa.ipc.open_stream(mapped):
             batch.validate(full=True)
+            left -= batch.nbytes
+            if left < 0:
+                raise KinvecError(f"{path}: compressed, as save_to_disk writes none; refused")
 
 
 def open_hub(source: str, split: str) -> Dataset:

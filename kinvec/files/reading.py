@@ -39,7 +39,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The steps of `log.jsonl`; the last line of a run that still goes may be half a line and is left out."""
     steps = []
-    if path.exists():
+    if path.is_file():
         with open(path, encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 try:

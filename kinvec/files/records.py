@@ -23,6 +23,8 @@ Record = tuple[int, dict[str, Any]]
 
 WINDOW = 1 << 20  # characters of a JSON array read at a time
 LONGEST = 64 << 20  # bytes of a line, characters of a row or a cell: a text is never that long, a broken file may be
+MOST_CELLS = 10_000  # of a row of delimited text: a thousand times as many as such a file has of texts
+MOST_UNFOLDED, MOST_UNFOLDING = 1 << 28, 1000  # bytes of a Parquet file's rows; and for each byte of the file
 MARGIN = 16  # a JSON error this near the end of the window may only mean that more must be read
 ARRAY = re.compile(r"\s*\[")
 SQUAD = re.compile(r'\s*\{(?:\s*"version"\s*:\s*"[^"]*"\s*,)?\s*"data"\s*:\s*\[')
@@ -274,6 +276,9 @@ def delimited_records(
             continue
         if not cells:
             continue
+        if len(cells) > MOST_CELLS:
+            what = f"the row has {len(cells):,} cells, and more than {MOST_CELLS:,} are not read"
+            raise DataError("csv", name, begun[0], what, "is this a table of texts? Correct the file")
         if not header:
             yield begun[0], {str(i): cell for i, cell in enumerate(cells)}
         elif names is None:
@@ -288,22 +293,70 @@ def delimited_records(
 def parquet_records(path: Path, name: str, columns: list[str] | None) -> Iterator[Record]:
     """Rows of a Parquet file, of the named columns only; the "line" is the row, counted from 1."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     row = 0
     try:
-        with pq.ParquetFile(path) as file:
-            there = [c for c in columns if c in file.schema_arrow.names] if columns else None
-            _refuse_long_cells(file.metadata, name)
-            for batch in file.iter_batches(batch_size=1024, columns=there):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield row, record
-    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+        for batch in parquet_batches(path, name, columns):
+            for record in batch.to_pylist():
+                row += 1
+                yield row, record
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         what = str(error).splitlines()[0]
         raise DataError(
             "parquet", name, 0, f"not a readable Parquet file after row {row:,} ({what})", "write it again"
         ) from None
+
+
+def parquet_batches(path: Path, name: str, columns: list[str] | None = None) -> Iterator[Any]:
+    """The record batches of a Parquet file, of the named columns (of those that are there) or of all.
+
+    A dictionary holds a long cell once, however many rows have it. Raises `DataError` for a file that unfolds to more
+    than `MOST_UNFOLDING` times its own size (and `MOST_UNFOLDED`), and for a cell longer than `LONGEST`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        there = [c for c in columns if c in file.schema_arrow.names] if columns else None
+        _refuse_long_cells(file.metadata, name)
+        left = max(MOST_UNFOLDED, MOST_UNFOLDING * path.stat().st_size)
+        for group in range(file.metadata.num_row_groups):
+            rows = max(1, min(1024, LONGEST // _longest_shared(path, file.metadata, group, there)))
+            for folded in file.iter_batches(rows, row_groups=[group], columns=there):
+                cells = [column.cast(_unfolded(column.type)) for column in folded.columns]
+                batch = pa.RecordBatch.from_arrays(cells, names=folded.schema.names)
+                left -= batch.nbytes
+                if left < 0:
+                    what = "the rows unfold to a thousand times the bytes of the file"
+                    raise DataError("length", name, 0, what, "write it again, without cells that repeat that often")
+                yield batch
+
+
+def _unfolded(kind: Any) -> Any:
+    """The type of the same cells without a dictionary."""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind):
+        return pa.list_(_unfolded(kind.value_type))
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _longest_shared(path: Path, metadata: Any, group: int, columns: list[str] | None) -> int:
+    """Bytes of the longest cell among the dictionaries of a row group; at least 1."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    parts = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
+    shared = [part.path_in_schema for part in parts if part.physical_type == "BYTE_ARRAY" and part.has_dictionary_page]
+    longest = [1]
+    with pq.ParquetFile(path, metadata=metadata, read_dictionary=shared) as file:
+        for column in next(file.iter_batches(1, row_groups=[group], columns=columns), pa.record_batch({})).columns:
+            while pa.types.is_list(column.type):
+                column = column.flatten()
+            if pa.types.is_dictionary(column.type):
+                longest.append(pc.max(pc.binary_length(column.dictionary)).as_py() or 1)
+    return max(longest)
 
 
 def _refuse_long_cells(metadata: Any, name: str) -> None:

@@ -76,7 +76,8 @@ def split_files(folder: Path, split: str) -> list[Path]:
     A folder with a single data file (no .txt) has it for its `train` split. Raises `KinvecError` where there is none,
     or a choice.
     """
-    everything = sorted(p for d in (folder, folder / "data") if d.is_dir() for p in d.iterdir() if p.suffix in SUFFIXES)
+    inside = (p for d in (folder, folder / "data") if d.is_dir() for p in d.iterdir())
+    everything = sorted(p for p in inside if p.suffix in SUFFIXES and p.is_file())
     for name in (split, *OTHER_NAMES.get(split, ())):
         whole = [p for p in everything if re.search(rf"(^|[._-]){re.escape(name)}$", p.stem)]
         parts = [p for p in everything if re.search(rf"(^|[._-]){re.escape(name)}-\d+(-of-\d+)?$", p.stem)]

@@ -13,7 +13,6 @@ Shapes: n = texts, d = dimensions.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from kinvec.files.writing import (
     beside_path,
     content_fingerprint,
     damaged,
+    read_written,
     replace_folder,
     replacing,
     sweep,
@@ -49,13 +49,16 @@ SHARD_WINDOWS = 122  # windows of a shard: 999,424 rows
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """The manifest of an embeddings folder, or what was noted when it was begun; None if it is not one of ours."""
+    """The manifest of an embeddings folder, or what was noted when it was begun; None if it is not one of ours.
+
+    Raises `KinvecError` where it names files that are not in the folder: the damaged ones of those would be removed.
+    """
     for name in (MANIFEST, PROGRESS):
-        try:
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-            continue
+        found = read_written(folder / name)
         if isinstance(found, dict) and found.get("kind") == KIND and found.get("format") == FORMAT:
+            for other in chain(*(found.get(key) or () for key in ("rows", "checksums"))):
+                if not isinstance(other, str) or Path(other).name != other:
+                    raise KinvecError(f"{folder / name}: '{other}' is not in the folder; refused")
             return found | {"finished": name == MANIFEST}
     return None
 
@@ -338,9 +341,9 @@ def open_vectors(folder: str | Path, side: str) -> Vectors:
     _refuse_damaged(folder, side)
     folder = _side_folder(folder, side)
     paths = [folder / f"{side}.npy"] if (folder / f"{side}.npy").exists() else sorted(folder.glob(f"{side}-*.npy"))
-    if not paths or not (folder / f"{side}.ids").exists():
+    if not paths or not all(path.is_file() for path in (*paths, folder / f"{side}.ids")):
         raise KinvecError(f"{folder} has no vectors of the {side} side ({side}.npy and {side}.ids); run kinvec embed")
-    shards = [_opened(path) for path in paths]
+    shards = [open_array(path) for path in paths]
     try:
         ids = (folder / f"{side}.ids").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
@@ -361,7 +364,13 @@ def _refuse_damaged(folder: Path, side: str) -> None:
         raise KinvecError(f"{folder / names[0]}: damaged or gone; the same kinvec embed makes it again, and only it")
 
 
-def _opened(path: Path) -> np.ndarray:
+def open_array(path: Path) -> np.ndarray:
+    """The rows of a NumPy file, memory-mapped. Raises `KinvecError` where it is none; nothing in it is run."""
+    if not path.is_file():
+        raise KinvecError(f"{path}: the file is missing, or is none; embed again")
+    with open(path, "rb") as file:
+        if file.read(8) != b"\x93NUMPY\x01\x00":  # version 1 has every array of numbers, and a header of 64 KiB at most
+            raise KinvecError(f"{path}: no plain NumPy array; embed again")
     with one_sentence(f"{path}: no plain NumPy array, or cut short", "embed again"):
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind not in "fiu":
@@ -375,4 +384,4 @@ def open_judgements(folder: str | Path) -> Qrels | None:
     from kinvec.files.problems import Notes
 
     path = Path(folder) / QRELS
-    return read_qrels(path, str(path), Notes(strict=True)).grades if path.exists() else None
+    return read_qrels(path, str(path), Notes(strict=True)).grades if path.is_file() else None

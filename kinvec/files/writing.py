@@ -38,7 +38,7 @@ def write_lines(path: str | Path, lines: Iterable[str], end: str = "\n") -> Path
 
 @contextmanager
 def replacing(path: Path, mode: str, **how: Any) -> Iterator[IO[Any]]:
-    """A file beside `path` to write into, opened with `mode` and `how`; synced and renamed in the end, gone on error."""
+    """A file beside `path` to write into, opened with `mode` and `how`; synced and renamed at the end, or gone."""
     beside = beside_path(path)
     try:
         with open(beside, mode, **how) as file:
@@ -147,8 +147,9 @@ def damaged(folder: str | Path, checksums: Mapping[str, str]) -> list[str]:
 
 def read_written(path: str | Path) -> Any:
     """The value of a JSON file of ours; None where there is none, or it is damaged, for it to be made again."""
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None  # a pipe or a device would never end
     except (FileNotFoundError, ValueError, RecursionError):
         return None
 

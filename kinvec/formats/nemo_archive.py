@@ -76,6 +76,8 @@ def _checked(tar: tarfile.TarFile, archive: Path) -> Iterator[tuple[tarfile.TarI
     total, most = 0, MOST_UNFOLDING * archive.stat().st_size
     for count, member in enumerate(tar, 1):
         path = _place(member, archive)
+        if member.size < 0:  # tarfile would go back to where it has been
+            raise Refused(f"{archive}: '{member.name}' claims {member.size:,} bytes; refused")
         total += member.size
         if count > MOST_MEMBERS:
             raise Refused(f"{archive}: the archive has more than {MOST_MEMBERS:,} members; refused")

@@ -19,9 +19,10 @@ from pydantic import TypeAdapter
 from kinvec.contracts import KinvecError, Result, one_sentence
 from kinvec.files import write_json
 from kinvec.files.reading import read_object
+from kinvec.files.records import parquet_batches
 
 FORMAT = 1
-MOST_ROWS, MOST_BYTES = 10_000_000, 4 << 30  # of a result's table
+MOST_ROWS = 10_000_000  # of a result's table
 MANIFEST, ROWS, DOCUMENTS = "results.json", "per_query.parquet", "documents.parquet"
 TABLES = {"per_query": ROWS, "documents": DOCUMENTS}  # of a result: its field → the file
 CHEAPER = "cheaper.json"
@@ -90,9 +91,9 @@ def load_result(folder: str | Path) -> Result:
 
 def _checked(folder: Path, head: dict[str, Any]) -> Result:
     """The result of a folder, each of its fields of the kind that `Result` declares."""
-    cheaper = read_object(folder / CHEAPER) if (folder / CHEAPER).exists() else {}
+    cheaper = read_object(folder / CHEAPER) if (folder / CHEAPER).is_file() else {}
     rows = _read_table(folder / ROWS)
-    documents = _read_table(folder / DOCUMENTS) if (folder / DOCUMENTS).exists() else {}
+    documents = _read_table(folder / DOCUMENTS) if (folder / DOCUMENTS).is_file() else {}
     if head.pop("format", None) != FORMAT:
         raise KinvecError(f"{folder / MANIFEST}: not a result of this version of kinvec; evaluate again")
     if head.pop("queries", None) != len(rows["id"]):
@@ -104,10 +105,11 @@ def _checked(folder: Path, head: dict[str, Any]) -> Result:
 def _read_table(path: Path) -> dict[str, list[Any]]:
     """The columns of a table. Raises `KinvecError` where it would unfold beyond what a result can be."""
     with pq.ParquetFile(path) as file:
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        if file.metadata.num_rows > MOST_ROWS or sum(group.total_byte_size for group in groups) > MOST_BYTES:
-            raise KinvecError(f"{path}: more rows or bytes than a result has; evaluate again")
-        return file.read().to_pydict()
+        schema, rows = file.schema_arrow, file.metadata.num_rows
+    if rows > MOST_ROWS:
+        raise KinvecError(f"{path}: more rows than a result has; evaluate again")
+    batches = list(parquet_batches(path, str(path)))
+    return (pa.Table.from_batches(batches) if batches else schema.empty_table()).to_pydict()
 
 
 def load_results(folder: str | Path) -> dict[str, Result]:

@@ -113,8 +113,6 @@ def _score_model(
 def _score_vectors(
     folder: Path, source: str | Path | None, split: str, measures: Sequence[str], cheaper: Sequence[int] | None
 ) -> Result:
-    import numpy as np
-
     from kinvec import tasks
     from kinvec.contracts import KinvecError, RecipeError, RetrievalData
     from kinvec.files import open_problem, vectors
@@ -128,7 +126,8 @@ def _score_vectors(
             raise RecipeError(f"{folder} holds {said['stored']} vectors; --cheaper starts from float32")
         if Path(said["ranges"]).name != said["ranges"]:
             raise KinvecError(f"{folder}: its manifest names '{said['ranges']}', which is not in the folder; refused")
-        shards = [Restored(shard, said["stored"], np.load(folder / said["ranges"])) for shard in shards]
+        ranges = vectors.open_array(folder / said["ranges"])
+        shards = [Restored(shard, said["stored"], ranges) for shard in shards]
     qrels = _judged_queries(source) if source is not None else vectors.open_judgements(folder)
     baselines = {}
     if qrels:
