@@ -11,8 +11,9 @@ import base64
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import httpx
@@ -63,6 +64,17 @@ def open_encoder(
     if name.startswith(LIBRARY):
         return LibraryEncoder(name.removeprefix(LIBRARY), precision, device, prompts)
     return with_prompts(Embedder.load(name, precision=precision, device=device), prompts)
+
+
+def each(encoder: Encoder, side: str) -> Callable[[Iterable[Sequence[str]]], Iterator[Float[np.ndarray, "n d"]]]:
+    """What gives the vectors of one window of texts after another, as of queries (`query`) or documents (`document`).
+
+    A model of ours reads and tokenizes the next window on the way, where that pays (`machine.ahead`).
+    """
+    if isinstance(encoder, Embedder):
+        return partial(encoder.encode_each, prompt=encoder.prompts.get(side, ""))
+    encode = encoder.encode_queries if side == "query" else encoder.encode_documents
+    return partial(map, encode)
 
 
 class Remembering:

@@ -11,9 +11,11 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import command_line
+import numpy as np
 import pytest
 from conftest import SmallDisk, flip
 from tiny_models import WORDS
@@ -176,14 +178,20 @@ def test_a_damaged_part_of_unfinished_vectors_is_encoded_again(tmp_path: Path) -
         if state is None:
             with vectors.listed(folder, {"doc": rows(40)}, ()) as (beside, n):
                 state = vectors.begin(folder, beside, n, {})
-        calls = iter(range(3 if stop else 100))
-        vectors.write_side(folder, "doc", 40, rows(40), lambda texts: (next(calls), count(texts))[1])
+        calls = iter(range(100))
+
+        def encode(texts: list[str]) -> np.ndarray:
+            if stop and next(calls) == 3:
+                raise KeyboardInterrupt
+            return count(texts)
+
+        vectors.write_side(folder, "doc", 40, rows(40), partial(map, encode))
         vectors.finish(folder, state, {})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vectors, "WINDOW", 8)
         make(tmp_path / "whole")
-        with pytest.raises(StopIteration):
+        with pytest.raises(KeyboardInterrupt):
             make(tmp_path / "v", stop=True)
         parts = sorted((tmp_path / "v").glob("*.part"))
         assert len(parts) == 3

@@ -12,15 +12,19 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import MINILM
 
+from kinvec import Embedder
 from kinvec.contracts import KinvecError, RecipeError
 from kinvec.files import vectors
+from kinvec.machine import ahead
 from kinvec.verbs.embed import embed
 from kinvec.verbs.evaluate import evaluate
 
@@ -44,7 +48,7 @@ def lines_of(rows: Iterable[dict[str, str]]) -> str:
 def write(folder: Path, n: int, encode: Callable[[Sequence[str]], np.ndarray] = count) -> dict[str, Any]:
     with vectors.listed(folder, {"doc": rows(n)}, [("q1", "d2", 1)]) as (beside, counts):
         state = vectors.begin(folder, beside, counts, {"model": "count"})
-    vectors.write_side(folder, "doc", n, rows(n), encode)
+    vectors.write_side(folder, "doc", n, rows(n), partial(map, encode))
     return vectors.finish(folder, state, {"dimension": 11})
 
 
@@ -107,10 +111,25 @@ def test_stopped_after_any_window_it_continues_to_the_same_bytes(tmp_path: Path,
         seen.append(len(texts))
         return count(texts)
 
-    vectors.write_side(folder, "doc", 29, rows(29), counts_calls)
+    vectors.write_side(folder, "doc", 29, rows(29), partial(map, counts_calls))
     vectors.finish(folder, state, {"dimension": 11})
     assert len(seen) == 8 - calls
     assert content(folder) == content(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_an_encoder_may_read_a_window_ahead_also_of_a_folder_begun(tmp_path: Path) -> None:
+    write(tmp_path / "whole", 29)
+    folder = tmp_path / "v"
+    with vectors.listed(folder, {"doc": rows(29)}, [("q1", "d2", 1)]) as (beside, counts):
+        state = vectors.begin(folder, beside, counts, {"model": "count"})
+    vectors._write_part(folder, "doc.0000001", count([text for _, text in rows(29)][4:8]))
+    told: list[tuple[int, bool]] = []
+    read_ahead = partial(ahead, count, device=torch.device("cuda"))
+    vectors.write_side(folder, "doc", 29, rows(29), read_ahead, lambda n, new: told.append((n, new)))
+    vectors.finish(folder, state, {"dimension": 11})
+    assert content(folder) == content(tmp_path / "whole")
+    assert sorted(told) == [(1, True), (4, False), *[(4, True)] * 6]
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -119,9 +138,9 @@ def test_killed_while_a_shards_parts_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "v"
     with vectors.listed(folder, {"doc": rows(29)}, [("q1", "d2", 1)]) as (beside, counts):
         state = vectors.begin(folder, beside, counts, {"model": "count"})
-    vectors.write_side(folder, "doc", 29, rows(29), count)
+    vectors.write_side(folder, "doc", 29, rows(29), partial(map, count))
     (folder / "doc.0000001.part").write_bytes(b"left behind")
-    vectors.write_side(folder, "doc", 29, rows(29), lambda texts: pytest.fail("nothing is left to encode"))
+    vectors.write_side(folder, "doc", 29, rows(29), partial(map, pytest.fail))
     vectors.finish(folder, state, {"dimension": 11})
     assert content(folder) == content(tmp_path / "whole")
 
@@ -155,7 +174,7 @@ def test_wrong_sources_leave_nothing_behind(tmp_path: Path) -> None:
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     with vectors.listed(tmp_path / "v", {"doc": rows(9)}, ()) as (beside, counts):
         state = vectors.begin(tmp_path / "v", beside, counts, {})
-    vectors.write_side(tmp_path / "v", "doc", 9, rows(7), count)
+    vectors.write_side(tmp_path / "v", "doc", 9, rows(7), partial(map, count))
     with pytest.raises(KinvecError, match="had 9 rows and then 7"):
         vectors.finish(tmp_path / "v", state, {})
 
@@ -195,6 +214,7 @@ def test_damaged_folders_are_named(tmp_path: Path, damage: str) -> None:
 CHILD = f"""
 import sys, time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -214,7 +234,7 @@ state = vectors.read_state(folder)
 if state is None:
     write(folder, 60)
 else:
-    vectors.write_side(folder, "doc", 60, rows(60), count)
+    vectors.write_side(folder, "doc", 60, rows(60), partial(map, count))
     vectors.finish(folder, state, {{"dimension": 11}})
 """
 
@@ -268,8 +288,15 @@ def test_the_verb_end_to_end(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queries, docs, folder = texts / "queries.jsonl", texts / "docs.jsonl", tmp_path / "v"
+    encode_each, sides = Embedder.encode_each, iter(("query", "doc"))
+
+    def stopped(self: Embedder, windows: Iterator[list[str]], prompt: str = "") -> Iterator[np.ndarray]:
+        if next(sides) == "doc":
+            raise KeyboardInterrupt
+        return encode_each(self, windows, prompt)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("kinvec.embedder.Embedder.encode_documents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Embedder, "encode_each", stopped)
         embed(MINILM, folder, queries=queries, docs=docs, precision="fp32")
     assert (folder / "query.npy").exists() and not (folder / "manifest.json").exists()
     manifest = embed(MINILM, folder, queries=queries, docs=docs, precision="fp32")

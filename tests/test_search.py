@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,13 +56,14 @@ def test_the_answers_are_each_models_own(run: Path) -> None:
 def test_vectors_are_made_once_and_again_when_they_are_not_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = verb.search(run, "insulin and glucose", k=3)
     encoded: list[int] = []
-    encode = Embedder.encode_documents
+    encode = Embedder.encode_each
 
-    def counted(self: Embedder, texts: list[str]) -> np.ndarray:
-        encoded.append(len(texts))
-        return encode(self, texts)
+    def counted(self: Embedder, windows: Iterator[list[str]], prompt: str) -> Iterator[np.ndarray]:
+        for vectors in encode(self, windows, prompt):
+            encoded.append(len(vectors))
+            yield vectors
 
-    monkeypatch.setattr(Embedder, "encode_documents", counted)
+    monkeypatch.setattr(Embedder, "encode_each", counted)
     assert verb.search(run, "insulin and glucose", k=3) == first
     assert encoded == []
     kept = next((run / "search").iterdir())

@@ -14,6 +14,7 @@ Shapes: n = texts, d = dimensions.
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from numpy.typing import DTypeLike
 
 from kinvec.config import differences
@@ -135,32 +136,53 @@ def begin(folder: Path, beside: Path, rows: Mapping[str, int], settings: Mapping
     return state
 
 
+Encode = Callable[[Iterator[Sequence[str]]], Iterator[np.ndarray]]  # windows of texts → their vectors
+
+
 def write_side(
     folder: Path,
     side: str,
     rows: int,
     texts: Iterator[tuple[str, str]],
-    encode: Callable[[Sequence[str]], Float[np.ndarray, "n d"]],
+    encode: Encode,
     advance: Callable[[int, bool], None] = lambda n, new: None,
 ) -> None:
-    """Encode what is not there yet of one side, holding one window of texts and vectors, however many rows there are.
+    """Encode what is not there yet of one side, holding two windows of texts, however many rows there are.
 
-    `advance` is told the rows of every window once they are there, and whether they are new.
+    `encode` gives the vectors of each window of an iterator, and may take the next one before it gives those of the
+    last (`encoders.each`). `advance` is told the rows of every window once they are there, and whether they are new.
     """
-    windows = _windows(texts)
-    for number, name in enumerate(shard_names(side, rows)):
-        parts = []
-        for window, batch in enumerate(islice(windows, SHARD_WINDOWS), number * SHARD_WINDOWS):
-            part = _part(folder, f"{side}.{window:07d}")
-            new = not (folder / name).exists() and part is None
-            if new:
-                part = _write_part(folder, f"{side}.{window:07d}", encode(batch))
-            parts += [part] if part else []
-            advance(len(batch), new)
-        if not (folder / name).exists():
-            _join(parts, folder / name)
-        for part in parts:
+    windows = enumerate(_windows(texts))
+    for name in shard_names(side, rows):
+        whole, parts, asked = (folder / name).exists(), dict[int, Path](), deque[int]()
+        absent = _absent(folder, side, islice(windows, SHARD_WINDOWS), parts, asked, whole, advance)
+        for vectors in encode(absent):
+            window = asked.popleft()
+            parts[window] = _write_part(folder, _part_name(side, window), vectors)
+            advance(len(vectors), True)
+        if not whole:
+            _join([parts[window] for window in sorted(parts)], folder / name)
+        for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+def _absent(
+    folder: Path, side: str, windows: Iterator[tuple[int, list[str]]], parts: dict[int, Path], asked: deque[int],
+    whole: bool, advance: Callable[[int, bool], None],
+) -> Iterator[list[str]]:  # fmt: skip
+    """The windows that are still to be encoded, their numbers put into `asked`; the others' files into `parts`."""
+    for window, batch in windows:
+        if part := _part(folder, _part_name(side, window)):
+            parts[window] = part
+        if part or whole:
+            advance(len(batch), False)
+        else:
+            asked.append(window)
+            yield batch
+
+
+def _part_name(side: str, window: int) -> str:
+    return f"{side}.{window:07d}"
 
 
 def _part(folder: Path, name: str) -> Path | None:
@@ -228,9 +250,7 @@ def mended(folder: Path, state: dict[str, Any]) -> dict[str, Any] | None:
 Source = Callable[[], Iterator[tuple[str, str]]]
 
 
-def kept(
-    folder: Path, sides: Mapping[str, tuple[Source, Callable[[Sequence[str]], np.ndarray]]], settings: Mapping[str, Any]
-) -> dict[str, Vectors]:
+def kept(folder: Path, sides: Mapping[str, tuple[Source, Encode]], settings: Mapping[str, Any]) -> dict[str, Vectors]:
     """The vectors of every side's texts, kept in `folder`: those that are there if model and texts are the same.
 
     A folder that was left half-way is continued; one of other `settings` is made anew, and said so. Raises

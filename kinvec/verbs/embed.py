@@ -42,7 +42,7 @@ def embed(
     """
     from kinvec.console import say
     from kinvec.contracts import RecipeError
-    from kinvec.encoders import open_encoder
+    from kinvec.encoders import each, open_encoder
     from kinvec.files import read_documents, read_judgements, read_queries, vectors
     from kinvec.machine import set_threads
 
@@ -76,7 +76,7 @@ def embed(
         return state
     else:
         say(f"continuing {folder}")
-    encode: dict[str, Callable[..., Any]] = {"query": encoder.encode_queries, "doc": encoder.encode_documents}
+    encode = {"query": each(encoder, "query"), "doc": each(encoder, "document")}
     for side, (source, read) in sources.items():
         n = state["rows"][side]
         vectors.write_side(folder, side, n, read(source), encode[side], _teller(side, n))

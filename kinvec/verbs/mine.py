@@ -140,6 +140,7 @@ def _encoded(folder: Path, encoder: LastingEncoder, problem: RetrievalData) -> t
     import numpy as np
     import torch
 
+    from kinvec.encoders import each
     from kinvec.files import vectors
     from kinvec.tasks.evaluation import scaling
 
@@ -156,8 +157,8 @@ def _encoded(folder: Path, encoder: LastingEncoder, problem: RetrievalData) -> t
         "threads": torch.get_num_threads(), "window": vectors.WINDOW,
     }  # fmt: skip
     sides = {
-        "query": (queries, lambda texts: scale(encoder.encode_queries(texts))),
-        "doc": (documents, lambda texts: scale(encoder.encode_documents(texts))),
+        "query": (queries, lambda windows: map(scale, each(encoder, "query")(windows))),
+        "doc": (documents, lambda windows: map(scale, each(encoder, "document")(windows))),
     }
     kept = vectors.kept(folder, sides, settings)
     return np.concatenate(kept["query"].shards), kept["doc"].shards

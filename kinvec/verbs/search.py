@@ -92,11 +92,12 @@ def open_engines(
 
 def _engine(folder: Path, embedder: Embedder, data: RetrievalData) -> Engine:
     """The model with its vectors: those kept from before if model and data are the same, else made now."""
+    from kinvec.encoders import each
     from kinvec.files import vectors
 
     settings = {"model": embedder.fingerprint, "data": data.fingerprint, "window": vectors.WINDOW}
     documents = partial(zip, data.corpus.ids, data.corpus.texts, strict=True)
-    sides = {"doc": (documents, embedder.encode_documents)}
+    sides = {"doc": (documents, each(embedder, "document"))}
     return Engine(embedder, data.corpus, vectors.kept(folder / embedder.fingerprint, sides, settings)["doc"].shards)
 
 
