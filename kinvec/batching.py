@@ -6,6 +6,7 @@ Shapes: n = texts, T = tokens of all texts together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -92,7 +93,7 @@ def tokenize(
     except TypeError:
         kinds = {type(text).__name__ for text in texts} - {"str"}
         raise KinvecError(f"texts must be strings, and here is one of type {min(kinds)}") from None
-    with _ONE_AT_A_TIME:
+    with _ONE_AT_A_TIME, _no_panic():
         ids = tokenizer(given, truncation=True, max_length=max_length, return_attention_mask=False, verbose=False)[
             "input_ids"
         ]
@@ -105,6 +106,18 @@ def tokenize(
         ]
         ids = [row or empty for row in ids]
     return lay(ids, [left_out[before] for before in prompts])
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """What stops the tokenizers library, such as a pattern that tries too much, is no `Exception` of Python's."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise KinvecError(f"the tokenizer cannot read one of the texts ({why}); is its pattern sound?") from None
 
 
 def prompt_length(tokenizer: Any, prompt: str, max_length: int) -> int:

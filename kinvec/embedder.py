@@ -41,7 +41,7 @@ from kinvec.files.reading import read_json, read_object
 from kinvec.folder import OURS, head_module, optional_json, read_settings, refuse_damaged, said, write_folder
 from kinvec.machine import ahead, keep_pages, set_threads
 from kinvec.pooling import POOLINGS, Dense, Normalize, pool
-from kinvec.vetting import inside, vet_folder
+from kinvec.vetting import inside, vet_folder, vet_tokenizer
 
 WINDOW = 8192  # texts sorted by length at a time: enough to fill packs with equal lengths, little enough to hold
 ENCODE_TOKENS = 8192  # tokens a pack when encoding: past the point where larger products are faster on CPUs
@@ -303,6 +303,7 @@ def _open_model(folder: Path, name: str, max_length: int | None) -> Embedder:
     files = list(type(tokenizer).vocab_files_names.values())
     if files and not any((inner / file).is_file() for file in files):  # transformers makes an empty one of nothing
         raise KinvecError(f"{inner}: there is no tokenizer ({' or '.join(files)}) beside the model")
+    vet_tokenizer(tokenizer, inner)
     if optional_json(inner / "tokenizer_config.json").get("add_eos_token") and not ends_texts(tokenizer):
         append_end(tokenizer)  # some tokenizers of transformers ignore what the folder says
     model = load_backbone(inner)

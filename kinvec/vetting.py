@@ -7,9 +7,10 @@ elsewhere, fetch code from the hub, build a million layers, reserve more memory 
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +29,7 @@ ADAPTER_KEYS = {
     "use_dora", "modules_to_save", "init_lora_weights", "layers_to_transform", "rank_pattern", "alpha_pattern",
 }  # fmt: skip
 HIGHEST_RANK = 4096
+MOST_GROWTH = 10_000  # characters that a tokenizer may make of one, and tokens that it may add to a text
 SLOW_PATTERN = re.compile(r"\)[*+{]|([*+][^*+]*){7}")  # regular expressions that can take for ever on a short name
 
 
@@ -103,6 +105,31 @@ def _patterns(path: Path, said: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise KinvecError(f"{path}: '{key}' is no object with named values")
     return found
+
+
+def vet_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Raise `KinvecError` for a tokenizer that makes a short text longer than any memory, step by step."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # of those in plain Python, none
+    parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor")]
+    growth, added = 1.0, 0
+    for step in _steps([json.loads(part.__getstate__()) for part in parts if part is not None]):
+        replaced = (step.get("pattern") or {}).get("String") or "x"  # a regular expression may stand for one character
+        growth *= max(1, len(step.get("content") or "") / len(replaced))
+        added += len(step.get("prepend") or "")
+        special = step.get("special_tokens") or {}
+        for piece in step.get("single") or ():
+            added += len(special[piece["SpecialToken"]["id"]]["ids"]) if "SpecialToken" in piece else 0
+    if growth > MOST_GROWTH or added > MOST_GROWTH:
+        times = f"{max(growth, added):,.0f} times as long"
+        raise KinvecError(f"{folder}: its tokenizer makes a short text up to {times}; refused")
+
+
+def _steps(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object within lists and objects."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _steps(inner)
 
 
 def refuse_bomb(path: Path) -> None:

@@ -66,10 +66,27 @@ def piled_up(raw: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + raw[8 + size :]
 
 
+def required(raw: bytes) -> bytes:
+    """A Parquet file whose schema says that its first column lacks no value, which is not what its sizes say."""
+    place = raw.index(b"\x25\x02", len(raw) - 8 - int.from_bytes(raw[-8:-4], "little"))  # repetition: optional
+    return raw[:place] + b"\x25\x00" + raw[place + 2 :]
+
+
 def array_head(shape: str, kind: str = "<f4") -> Callable[[bytes], bytes]:
     head = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     return lambda raw: b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head.encode() + raw[128:]
 
+
+def with_part(name: str, part: dict[str, Any]) -> Callable[[bytes], bytes]:
+    return with_values(**{name: part})
+
+
+LONGER = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 100}
+MANY = {"SpecialToken": {"id": "[CLS]", "type_id": 0}}
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+CLS = {"id": "[CLS]", "ids": [2] * 100, "tokens": ["[CLS]"] * 100}
+TEMPLATE = {"type": "TemplateProcessing", "single": [MANY] * 200 + [TEXT], "pair": [], "special_tokens": {"[CLS]": CLS}}
+SLOW = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
 
 NOT_RUN = ""  # opened without it
 
@@ -116,6 +133,10 @@ HOSTILE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "shards of data elsewhere": (
         "saved/test/state.json", with_values(_data_files=[{"filename": "../../x.arrow"}]), "is no file beside it"
     ),
+    "a column that contradicts itself": ("parquet/rows.parquet", required, "not a readable Parquet file"),
+    "seeds of a name that no file has": (
+        "seeds/seeds.json", lambda _: json.dumps({"1": "9" * 5000}).encode(), "not in the folder"
+    ),
     "seeds elsewhere": ("seeds/seeds.json", lambda _: b'{"1": "../model"}', "not in the folder"),
     # --- memory and time ---
     "a million layers": ("model/config.json", with_values(num_hidden_layers=10**6), "'num_hidden_layers' is more than"),
@@ -129,6 +150,10 @@ HOSTILE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "a rank of millions": ("adapter/adapter_config.json", with_values(r=10**7), "rank"),
     "layers copied": ("adapter/adapter_config.json", with_values(layer_replication=[[0, 10**6]]), "layer_replication"),
     "a pattern without end": ("adapter/adapter_config.json", with_values(target_modules="(.+)+x"), "take for ever"),
+    "texts made longer": (
+        "model/tokenizer.json", with_part("normalizer", {"type": "Sequence", "normalizers": [LONGER] * 6}), "as long"
+    ),
+    "tokens added": ("model/tokenizer.json", with_part("post_processor", TEMPLATE), "times as long; refused"),
     "settings without end": ("model/config.json", lambda _: b'{"a":' * 100_000, "nested too deeply"),
     "a manifest without end": ("checkpoint/step-00000003/manifest.json", lambda _: b"[" * 5000, "damaged"),
     "an array of exabytes": ("vectors/doc.npy", array_head(f"({1 << 50}, 8)"), "NumPy array"),
@@ -162,6 +187,16 @@ def refuses(folder: Path, says: str) -> None:
 
     with pytest.raises(KinvecError, match=says):
         kinvec.Embedder.load(folder)
+
+
+def test_a_pattern_that_tries_without_end_is_stopped(good: Path, tmp_path: Path) -> None:
+    import kinvec
+
+    model = of_good(good, "model", tmp_path)
+    words = model / "tokenizer.json"
+    words.write_bytes(with_part("pre_tokenizer", SLOW)(words.read_bytes()))
+    with pytest.raises(KinvecError, match="is its pattern sound"):
+        kinvec.Embedder.load(model).encode(["a" * 40 + "!"])
 
 
 def test_an_adapter_of_itself_is_refused(good: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import isdir
 from pathlib import Path
 
 from kinvec.console import say
@@ -117,10 +118,15 @@ def runs_of(place: Path) -> list[Path]:
         return [place]
     if (place / SEEDS_FILE).is_file():
         runs = read_object(place / SEEDS_FILE).values()
-        if not all(isinstance(run, str) and (place / run).resolve().is_relative_to(place.resolve()) for run in runs):
+        here = [isinstance(run, str) and isdir(place / run) and _is_within(place / run, place) for run in runs]
+        if not all(here):
             raise KinvecError(f"{place / SEEDS_FILE}: names runs that are not in the folder")
         return [place / run for run in runs]
     return []
+
+
+def _is_within(folder: Path, place: Path) -> bool:
+    return folder.resolve().is_relative_to(place.resolve())
 
 
 def same_but_seed(a: Path, b: Path) -> bool:
