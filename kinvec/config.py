@@ -18,6 +18,7 @@ from kinvec.contracts import RecipeError, without_secrets
 
 MOST_BYTES = 1 << 18  # of a YAML file: some seconds of parsing
 MOST_VALUES, DEEPEST = 100_000, 50  # in it, aliases unfolded
+MOST_DIGITS = 400  # of a number; in YAML one may be written to the base of 60
 MOST_REFERENCES = 20  # `${…}` in a recipe: strings that name strings that name strings double each time
 
 
@@ -102,9 +103,11 @@ def parse_yaml(raw: bytes | str) -> Any:
 
 
 def _unfolded(node: yaml.Node, sizes: dict[int, int], depth: int = 0) -> int:
-    """How many values a node stands for, aliases unfolded. Raises `YAMLError` where there are too many."""
+    """How many values a node stands for, aliases unfolded. Raises `YAMLError` for too many, or too long a number."""
     if depth > DEEPEST:
         raise YAMLError(f"nested more than {DEEPEST} deep")
+    if node.tag.endswith((":int", ":float")) and len(node.value) > MOST_DIGITS:
+        raise YAMLError(f"a number of more than {MOST_DIGITS} digits")
     if id(node) not in sizes:
         sizes[id(node)] = MOST_VALUES  # while it is counted: one that holds itself has no end
         inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value

@@ -348,6 +348,8 @@ REFERENCES = "a0: " + "x" * 100 + "\n" + "".join(f"a{i}: {f'${{a{i - 1}}}' * 9}\
         ("a: &a [*a]\n", "more than 100,000 values"),
         (REFERENCES, "more than 20 references"),
         ("out: !!python/object/apply:os.system [touch surprised]\n", "not valid YAML"),
+        ("a: " + "1:" * 3000 + "1", "more than 400 digits"),
+        ("a: 0x" + "f" * 5000, "more than 400 digits"),
         ("a: " + "[" * 3000, "nested more than|not valid YAML"),
         ("a: 1\nout: ${oc.env:NO_SUCH}\n", "NO_SUCH"),
         ("out: '" + "x" * (1 << 20) + "'", "longer than 256 KiB"),

@@ -57,8 +57,11 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     for name in (MANIFEST, PROGRESS):
         found = read_written(folder / name)
         if isinstance(found, dict) and found.get("kind") == KIND and found.get("format") == FORMAT:
-            for other in chain(*(found.get(key) or () for key in ("rows", "checksums"))):
-                if not isinstance(other, str) or Path(other).name != other:
+            parts = [found.get(key, {}) for key in ("rows", "checksums", "settings")]
+            if not all(isinstance(part, dict) for part in parts):
+                raise KinvecError(f"{folder / name}: damaged; embed again, into another folder")
+            for other in chain(*parts[:2]):
+                if Path(other).name != other:
                     raise KinvecError(f"{folder / name}: '{other}' is not in the folder; refused")
             return found | {"finished": name == MANIFEST}
     return None
