@@ -10,7 +10,7 @@ Shapes: T = tokens of the pack, H = query heads, K = key/value heads, D = head w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -354,24 +354,17 @@ class Dropout(nn.Dropout):
 
 
 class FusedProjections:
-    """One matrix product for the query, key and value projections that read the same input.
+    """One matrix product for the query, key and value projections that read the same input."""
 
-    The weights stay where they are and keep their names; they are joined at each forward. Only plain linear layers are
-    fused: one that carries an adapter computes for itself.
-    """
-
-    def __init__(self, layers: tuple[nn.Linear, ...]) -> None:
-        self.layers = layers
+    def __init__(self, product: Callable[[Tensor], Tensor], widths: list[int]) -> None:
+        self.product, self.widths = product, widths
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
     def project(self, index: int, x: Tensor) -> Tensor:
         """The output of projection `index` for x; the first one asked for computes all."""
         if x is not self._input or index not in self._outputs:
-            weight = torch.cat(tuple(layer.weight for layer in self.layers))
-            biases: tuple[Tensor, ...] = tuple(filter(torch.is_tensor, (layer.bias for layer in self.layers)))
-            bias = torch.cat(biases) if biases else None
-            parts = nn.functional.linear(x, weight, bias).split([layer.out_features for layer in self.layers], -1)
+            parts = self.product(x).split(self.widths, -1)
             self._input, self._outputs = x, dict(enumerate(parts))
         part = self._outputs.pop(index)
         if not self._outputs:
@@ -379,11 +372,28 @@ class FusedProjections:
         return part
 
 
+def joined(layers: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
+    """Linear layers as one. The weights stay where they are and keep their names; each forward joins them."""
+
+    def product(x: Tensor) -> Tensor:
+        weight = torch.cat([*(layer.weight for layer in layers)])
+        biases: tuple[Tensor, ...] = tuple(filter(torch.is_tensor, (layer.bias for layer in layers)))
+        return nn.functional.linear(x, weight, torch.cat(biases) if biases else None)
+
+    return product
+
+
 PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"))
 
 
-def fuse_projections(model: nn.Module) -> int:
-    """Fuse every attention layer's plain query, key and value projections; returns how many layers were fused."""
+def fuse_projections(
+    model: nn.Module, join: Callable[[Sequence[nn.Linear]], Callable[[Tensor], Tensor]] = joined
+) -> int:
+    """Fuse every attention layer's plain query, key and value projections; returns how many layers were fused.
+
+    Only plain linear layers are fused: one that carries an adapter computes for itself. `join` makes one product of
+    them.
+    """
     count = 0
     for module in list(model.modules()):
         for names in PROJECTIONS:
@@ -393,7 +403,7 @@ def fuse_projections(model: nn.Module) -> int:
                 continue
             if len({layer.bias is None for layer in layers}) > 1:
                 continue
-            fused = FusedProjections(layers)
+            fused = FusedProjections(join(layers), [layer.out_features for layer in layers])
             for index, layer in enumerate(layers):
                 layer.forward = _bind(fused, index)  # type: ignore[method-assign, assignment]
             count += 1

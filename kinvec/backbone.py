@@ -25,6 +25,7 @@ from kinvec.attention import fuse_projections, install, packed, recomputing, set
 from kinvec.batching import Pack, lay, pack
 from kinvec.console import say
 from kinvec.contracts import KinvecError
+from kinvec.int8 import quantise
 from kinvec.machine import multiplies_bf16
 from kinvec.published import has_own_code, needs_own_code, open_config, reading, weight_files
 from kinvec.vetting import vet_size
@@ -313,6 +314,25 @@ def fuse(backbone: Backbone) -> None:
         fuse_projections(backbone.model)
 
 
+@torch.no_grad()
+def to_int8(backbone: Backbone) -> None:
+    """Put the linear layers into int8, for encoding alone, and the rest into bf16 where the processor multiplies it.
+
+    Raises `KinvecError` for an architecture that reads its layers' weights itself, or has no linear layers.
+    """
+    model, kind = backbone.model, backbone.model.config.model_type  # type: ignore[union-attr]
+    quantise(model)
+    if multiplies_bf16(torch.device("cpu")):
+        for parameter in model.parameters():  # not buffers: the angles of rotary positions must not be rounded
+            parameter.data = parameter.data.to(torch.bfloat16)
+    try:
+        finite = bool(backbone._probe([[5, 6, 7, 8]]).isfinite().all())
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise KinvecError(f"{kind}: cannot be encoded with in int8 ({str(error).splitlines()[0]}); use bf16") from None
+    if not finite:
+        raise KinvecError(f"{kind}: gives NaN or infinity in int8; use bf16")
+
+
 def layers(backbone: Backbone) -> list[nn.Module]:
     """The transformer's layers, as far as transformers has marked them."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -373,13 +393,15 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` is bf16 where the hardware multiplies it (CUDA; AMX or AVX512-BF16 on a CPU), else fp32."""
+    """`auto` is bf16 where the hardware multiplies it (CUDA; AMX or AVX512-BF16 on a CPU), else fp32; never int8."""
     if precision not in PRECISIONS:
         raise KinvecError(f"precision '{precision}' is unknown; use one of {', '.join(PRECISIONS)}")
+    if precision == "int8" and device.type != "cpu":
+        raise KinvecError(f"precision int8 is for encoding on a CPU; on {device.type} use bf16, or add --device cpu")
     if precision != "auto":
         return precision
     return "bf16" if multiplies_bf16(device) else "fp32"

@@ -32,6 +32,7 @@ from kinvec.backbone import (
     quiet,
     resolve_device,
     resolve_precision,
+    to_int8,
 )
 from kinvec.batching import Pack, Tokens, append_end, ends_texts, join, packs, shares, tokenize
 from kinvec.console import progress as progress_bar
@@ -77,15 +78,18 @@ class Embedder(nn.Module):
     ) -> Embedder:
         """Open a sentence-transformers folder, a plain Hugging Face folder, a hub name or `pkg:NAME`, ready to encode.
 
-        `precision` is fp32, bf16 or auto (bf16 where the hardware multiplies it). Raises `KinvecError` with the folder
-        and the remedy when something is missing, damaged or not supported.
+        `precision` is fp32, bf16, auto (bf16 where the hardware multiplies it), or int8, which only encodes. Raises
+        `KinvecError` with the folder and the remedy when something is missing, damaged or not supported.
         """
         place = resolve_device(device)
         embedder = open_folder(name_or_folder, max_length)
         embedder.precision = resolve_precision(precision, place)
         if embedder.precision == "bf16":
             embedder.backbone.to(torch.bfloat16)
-        fuse(embedder.backbone)
+        if embedder.precision == "int8":
+            embedder.into_int8()
+        else:
+            fuse(embedder.backbone)
         embedder.loaded = (str(name_or_folder), embedder.precision, device, max_length)
         return embedder.to(place).eval()
 
@@ -217,6 +221,14 @@ class Embedder(nn.Module):
         mixed = self.precision == "bf16" and next(self.backbone.parameters()).dtype == torch.float32
         return torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
 
+    def into_int8(self) -> None:
+        """From now on encode in int8, on the CPU. Raises `KinvecError` for another device, and for some architectures.
+
+        A model in training must not be turned so.
+        """
+        self.precision = resolve_precision("int8", self.device)
+        to_int8(self.backbone)
+
     def save(self, folder: str | Path) -> None:
         """Write the model folder, beside and renamed: one of ours of that name is replaced, never half-written.
 
@@ -239,10 +251,11 @@ class Embedder(nn.Module):
     def _unrounded(self) -> nn.Module:
         """What is saved: the transformer, with its prediction head where it has been trained as a language model.
 
-        In float32: opening in bf16 has rounded the weights, so they are read again.
+        In float32: opening in bf16 or int8 has rounded the weights, so they are read again.
         """
         model: Any = self.language.whole if self.language else self.backbone.model
-        return model if model.dtype == torch.float32 else open_folder(self.name).backbone.model
+        rounded = self.precision == "int8" or model.dtype != torch.float32
+        return open_folder(self.name).backbone.model if rounded else model
 
 
 Loaded = tuple[str, str, str, int | None]

@@ -136,6 +136,8 @@ class LibraryEncoder:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise KinvecError("st: needs sentence-transformers; pip install 'sentence-transformers>=5.2'") from None
+        if precision == "int8":
+            raise RecipeError("st: opens a model in fp32 or bf16; int8 is for models opened by kinvec itself")
         place = resolve_device(device)
         self.precision = resolve_precision(precision, place)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32

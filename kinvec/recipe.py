@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kinvec.adapters import LoraSettings
 from kinvec.config import Settings, load, read_mapping
@@ -95,6 +95,13 @@ class Recipe(Settings):
     """Further tasks."""
     guard: dict[str, GuardSettings] = {}
     """The forgetting guard."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _trains(cls, value: Any) -> Any:
+        if value == "int8":
+            raise ValueError("int8 is for encoding (embed, evaluate, mine, search); train in bf16 or fp32")
+        return value
 
     @model_validator(mode="after")
     def _inherit(self) -> Recipe:

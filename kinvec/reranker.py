@@ -31,7 +31,8 @@ Judge = Callable[[str, Sequence[str]], Float32[np.ndarray, " n"]]
 def open_reranker(name: str, precision: str = "auto", device: str = "auto") -> tuple[Judge, str]:
     """(query, documents) → relevance of each from 0 to 1; and the model's fingerprint.
 
-    Relevance is the sigmoid of the one output, or the softmax of two. Raises `KinvecError` for what is no such model.
+    Relevance is the sigmoid of the one output, or the softmax of two. int8 is for embeddings, and stands for auto here.
+    Raises `KinvecError` for what is no such model.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -48,7 +49,7 @@ def open_reranker(name: str, precision: str = "auto", device: str = "auto") -> t
     if info["missing_keys"] or config.num_labels > 2:
         what = f"{config.num_labels} labels" if config.num_labels > 2 else "no trained head for relevance"
         raise KinvecError(f"{name}: {what}; a reranker is a sequence classifier with one output, or two")
-    mixed = resolve_precision(precision, where) == "bf16"
+    mixed = resolve_precision("auto" if precision == "int8" else precision, where) == "bf16"
     model.to(where).eval()
 
     def judge(query: str, documents: Sequence[str]) -> Float32[np.ndarray, " n"]:

@@ -203,6 +203,8 @@ def _announce(source: Mixture, total: int, settings: TrainerSettings) -> dict[st
 
 def _prepared(embedder: Embedder, settings: TrainerSettings) -> Embedder:
     """What is trained: the embedder made ready for it, or a copy whose weights are spread over the processes."""
+    if embedder.precision == "int8":
+        raise KinvecError(f"{embedder.name}: int8 is for encoding alone; open the model in bf16 or fp32 to train it")
     if settings.shard is None or distributed.world() == 1:
         prepare(embedder, settings)
         return embedder

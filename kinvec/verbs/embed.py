@@ -174,6 +174,7 @@ def _about(encoder: LastingEncoder, model: str | Path) -> dict[str, Any]:
         "model": str(model) if isinstance(encoder, Embedder) else encoder.name,
         "prompts": getattr(encoder, "prompts", {}),
         "max_length": getattr(encoder, "max_length", None),
+        "precision": getattr(encoder, "precision", ""),
         "dtype": "float32",
         "similarity": _similarity(encoder),
         "versions": versions(),
@@ -213,7 +214,7 @@ def command(
     dimensions: Annotated[int | None, typer.Option(help="Keep the first so many dimensions, scaled again.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Start afresh, deleting the vectors in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware has it.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, int8, or auto: bf16 where the hardware has it.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all unless set.")] = None,
 ) -> None:

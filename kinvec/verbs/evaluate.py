@@ -214,7 +214,7 @@ def command(
         typer.Option(help="Dimensions to try in --cheaper; may be repeated. Unset: those trained, or halves."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware has it.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, int8, or auto: bf16 where the hardware has it.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all unless set.")] = None,
 ) -> None:

@@ -259,7 +259,7 @@ def command(
     ] = "2GiB",
     force: Annotated[bool, typer.Option("--force", help="Start afresh, whatever --out was made with.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the audit as JSON.")] = False,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware has it.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, int8, or auto: bf16 where the hardware has it.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all unless set.")] = None,
 ) -> None:

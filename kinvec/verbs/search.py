@@ -76,7 +76,7 @@ def open_engines(
     if not (folder / "model" / "modules.json").is_file():
         raise KinvecError(f"{folder}: the run has no tuned model yet; run the same kinvec train again, it continues")
     own = load_recipe(folder / "recipe.yaml")
-    given = {"precision": precision, "device": device, "threads": threads}
+    given = {"precision": "fp32" if precision == "int8" else precision, "device": device, "threads": threads}
     recipe = own.model_copy(update={key: value for key, value in given.items() if value is not None})
     set_threads(recipe.threads)
     data = open_run_data(recipe)
@@ -87,7 +87,11 @@ def open_engines(
     if not searchable:
         raise KinvecError(f"{folder}: the run learned from {data.sets[0].table.kind}, so there is no corpus to search")
     models = {"base": recipe, "tuned": recipe.model_copy(update={"model": str(folder / "model"), "prompts": {}})}
-    return {side: _engine(folder / "search", open_model(models[side]), searchable[0]) for side in SIDES}
+    embedders = {side: open_model(models[side]) for side in SIDES}
+    if precision == "int8":
+        for embedder in embedders.values():
+            embedder.into_int8()
+    return {side: _engine(folder / "search", embedders[side], searchable[0]) for side in SIDES}
 
 
 def _engine(folder: Path, embedder: Embedder, data: RetrievalData) -> Engine:
@@ -106,7 +110,7 @@ def command(
     question: Annotated[str | None, typer.Argument(help="What to search for; without it, you are asked.")] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Answers of each model.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each question.")] = False,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or auto; unset, as the run.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, int8 or auto; unset, as the run.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto; unset, as the run.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; unset, as the run.")] = None,
 ) -> None:
