@@ -4,7 +4,8 @@ Encoding: kinvec at its default precision against the peer's default (float32) a
 256 tokens, dropout 0.1, against the peer's default trainer and its `bf16=True`. Beside them: the machine's measured
 matrix-product roof, the share of it that is reached, peak memory, fidelity (cosine to float32), and start-up times of
 every verb. The bf16 arms are left out where the processor has no bf16 product (they would be emulated, hundreds of
-times slower), and the result says so. Results go to benchmarks/results/, with versions and machine.
+times slower), and the result says so. `--encode kinvec:bf16 kinvec:int8 …` measures encoding by these arms alone, and
+the cosine of each one's vectors to the first one's. Results go to benchmarks/results/, with versions and machine.
 """
 
 from __future__ import annotations
@@ -124,11 +125,23 @@ def flops(lengths: np.ndarray, training: bool) -> float:
     return forward * (3 if training else 1)
 
 
-def fidelity(folder: Path) -> dict[str, float]:
-    """Cosine of kinvec's vectors to the peer's float32 ones."""
-    ours, theirs = np.load(folder / "kinvec-auto.npy"), np.load(folder / "peer-fp32.npy")
+def fidelity(folder: Path, one: str = "kinvec-auto", other: str = "peer-fp32") -> dict[str, float]:
+    """Cosine of an arm's vectors to those of another: kinvec's to the peer's float32 ones."""
+    ours, theirs = np.load(folder / f"{one}.npy"), np.load(folder / f"{other}.npy")
     cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
     return {"cosine_mean": round(float(cosines.mean()), 6), "cosine_least": round(float(cosines.min()), 6)}
+
+
+def encode_alone(arms: list[tuple[str, str]], limit: int | None, rounds: int) -> dict[str, Any]:
+    """Seconds and texts a second of these arms, alternating, and how near each is to the first."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        texts, _, data = texts_and_pairs(folder, limit)
+        encoding, count = alternate("encode", arms, texts, rounds, folder), len(texts.read_text("utf-8").splitlines())
+        first = "-".join(arms[0])
+        for (who, precision), row in zip(arms, encoding.values(), strict=True):
+            row |= {"texts_per_s": count / row["seconds"], "to_first": fidelity(folder, f"{who}-{precision}", first)}
+    return {"data": data, "encode": encoding}
 
 
 def help_seconds() -> dict[str, float]:
@@ -152,14 +165,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="alternations (medians are taken over them)")
     parser.add_argument("--texts", type=int, default=None, help="encode only the first so many texts")
+    parser.add_argument("--encode", nargs="+", metavar="WHO:PRECISION", help="encode alone, with these arms")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     bf16 = multiplies_bf16(torch.device("cpu"))
+    if options.encode:
+        named = [(who, precision) for who, _, precision in (arm.partition(":") for arm in options.encode)]
+        write(machine(bf16) | encode_alone(named, options.texts, options.rounds), f"encode-{date.today().isoformat()}")
+        return
     arms = [("kinvec", "auto"), ("peer", "fp32"), *([("peer", "bf16")] if bf16 else [])]
-    result: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "bf16_products": bf16},
-        "versions": {name: version(name) for name in ("kinvec", "torch", "transformers", "sentence-transformers")},
+    result = machine(bf16) | {
         "roof_tflops": {"shapes": ROOF_SHAPES, "fp32": roof("float32")} | ({"bf16": roof("bfloat16")} if bf16 else {}),
         "help_seconds": help_seconds(),
     }
@@ -184,10 +199,23 @@ def main() -> None:
         ours = result[job]["kinvec auto"]["seconds"]
         peers = [key for key in result[job] if key.startswith("peer")]
         result[job]["times_faster_than"] = {key: round(result[job][key]["seconds"] / ours, 2) for key in peers}
+    write(result, f"speed-{result['date']}-{'bf16' if bf16 else 'fp32'}")
+
+
+def machine(bf16: bool) -> dict[str, Any]:
+    """Date, machine and versions."""
+    return {
+        "date": date.today().isoformat(),
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "bf16_products": bf16},
+        "versions": {name: version(name) for name in ("kinvec", "torch", "transformers", "sentence-transformers")},
+    }
+
+
+def write(result: dict[str, Any], name: str) -> None:
+    """Into the folder of results, and to the screen."""
     out = HERE / "results"
     out.mkdir(exist_ok=True)
-    path = out / f"speed-{result['date']}-{'bf16' if bf16 else 'fp32'}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     print(json.dumps(result, indent=2))
 
 
