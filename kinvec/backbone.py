@@ -315,6 +315,12 @@ def fuse(backbone: Backbone) -> None:
 
 
 @torch.no_grad()
+def to_bf16(backbone: Backbone) -> None:
+    """Round the weights, but no buffers: the angles of rotary positions would be off by radians far into a text."""
+    for parameter in backbone.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def to_int8(backbone: Backbone) -> None:
     """Put the linear layers into int8, for encoding alone, and the rest into bf16 where the processor multiplies it.
 
@@ -323,8 +329,7 @@ def to_int8(backbone: Backbone) -> None:
     model, kind = backbone.model, backbone.model.config.model_type  # type: ignore[union-attr]
     quantise(model)
     if multiplies_bf16(torch.device("cpu")):
-        for parameter in model.parameters():  # not buffers: the angles of rotary positions must not be rounded
-            parameter.data = parameter.data.to(torch.bfloat16)
+        to_bf16(backbone)
     try:
         finite = bool(backbone._probe([[5, 6, 7, 8]]).isfinite().all())
     except (TypeError, AttributeError, RuntimeError) as error:

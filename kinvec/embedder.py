@@ -32,6 +32,7 @@ from kinvec.backbone import (
     quiet,
     resolve_device,
     resolve_precision,
+    to_bf16,
     to_int8,
 )
 from kinvec.batching import Pack, Tokens, append_end, ends_texts, join, packs, shares, tokenize
@@ -85,7 +86,7 @@ class Embedder(nn.Module):
         embedder = open_folder(name_or_folder, max_length)
         embedder.precision = resolve_precision(precision, place)
         if embedder.precision == "bf16":
-            embedder.backbone.to(torch.bfloat16)
+            to_bf16(embedder.backbone)
         if embedder.precision == "int8":
             embedder.into_int8()
         else:
