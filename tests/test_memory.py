@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -99,6 +101,17 @@ def test_an_architecture_without_such_layers_is_refused(tmp_path: Path) -> None:
     save_plain("mpnet", tmp_path, "roberta")
     with pytest.raises(KinvecError, match="mpnet: its layers cannot be recomputed; leave trainer.gradient_checkpointi"):
         recompute_layers(open_folder(tmp_path).backbone)
+
+
+def test_a_model_that_was_measured_is_let_go(tiny_folder: Path) -> None:
+    """A node of a graph that holds its own output is never freed, nor are the weights it leads to."""
+    embedder = open_folder(tiny_folder)
+    weight = weakref.ref(next(embedder.parameters()))
+    sample = pack(embedder.tokenize(["one text", "another text"]), range(2))
+    assert saved_bytes_per_token(embedder, embedder, sample) > 0
+    del embedder
+    gc.collect()
+    assert weight() is None
 
 
 def lora_run(main: Callable[..., tuple[int, str]], out: Path, model: Path, pairs: Path, *more: str) -> tuple[int, str]:
