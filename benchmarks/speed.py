@@ -1,11 +1,12 @@
 """`make bench`: kinvec beside sentence-transformers on the same texts, alternating in one run; medians and ratios.
 
-Encoding: kinvec at its default precision against the peer's default (float32) and its bf16 weights. Training: batch 32,
-256 tokens, dropout 0.1, against the peer's default trainer and its `bf16=True`. Beside them: the machine's measured
-matrix-product roof, the share of it that is reached, peak memory, fidelity (cosine to float32), and start-up times of
-every verb. The bf16 arms are left out where the processor has no bf16 product (they would be emulated, hundreds of
-times slower), and the result says so. `--encode kinvec:bf16 kinvec:int8 …` measures encoding by these arms alone, and
-the cosine of each one's vectors to the first one's. Results go to benchmarks/results/, with versions and machine.
+Encoding: kinvec at its default precision against the peer's default (float32) and its bf16 weights, on documents and on
+texts of 5 to 250 tokens. Training: batch 32, 256 tokens, dropout 0.1, against the peer's default trainer and its
+`bf16=True`. Beside them: the machine's measured matrix-product roof, the share of it that is reached, peak memory,
+fidelity (cosine to float32; nDCG@10 where all of SciFact is encoded), and start-up times of every verb. The bf16 arms
+are left out where the processor has no bf16 product (they would be emulated, hundreds of times slower), and the result
+says so. `--encode kinvec:int8 peer:bf16 …` encodes with these arms alone, and compares vectors with the first one's.
+Results go to benchmarks/results/, with versions and machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -26,18 +28,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from arms import BATCH, LONG, MODEL, SHORT, read_rows
 
 from kinvec.machine import multiplies_bf16
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data"))
 ROOF_SHAPES = ((2048, 2048, 2048), (4096, 384, 1536))
+WORDS_A_TOKEN = 0.65  # of SciFact's abstracts in MiniLM's tokens
 LAYERS, WIDTH, PARAMETERS = 6, 384, 10.62e6  # of MiniLM-L6 without embeddings: what a token multiplies
 
 
-def texts_and_pairs(folder: Path, limit: int | None) -> tuple[Path, Path, str]:
-    """Files of texts to encode and of pairs to train on: SciFact where it is, else docstrings."""
-    texts, pairs = folder / "texts.jsonl", folder / "pairs.jsonl"
+SHORTEST, LONGEST, MIXED = 5, 250, 2000  # tokens of the texts of mixed length, about, and how many
+
+
+def texts_and_pairs(folder: Path, limit: int | None) -> tuple[Path, Path, Path, str]:
+    """Files of documents to encode, of texts of mixed length, and of pairs to train on: SciFact's, else docstrings."""
+    texts, mixed, pairs = (folder / f"{name}.jsonl" for name in ("texts", "mixed", "pairs"))
     if (SHARED / "scifact").is_dir():
         from kinvec.files import open_data, open_retrieval
 
@@ -54,8 +61,16 @@ def texts_and_pairs(folder: Path, limit: int | None) -> tuple[Path, Path, str]:
         corpus, name = [pair.document for pair in found], "docstrings"
     chosen = list(corpus)[:limit] if limit else list(corpus)
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen), "utf-8")
+    cut = (" ".join(text.split()[:words]) for text, words in zip(corpus, mixed_words(), strict=False))
+    mixed.write_text("".join(json.dumps({"text": text}) + "\n" for text in cut), "utf-8")
     pairs.write_text("".join(json.dumps({"query": q, "pos_doc": d}) + "\n" for q, d in rows[:4000]), "utf-8")
-    return texts, pairs, f"{name}: {len(chosen):,} texts"
+    return texts, mixed, pairs, f"{name}: {len(chosen):,} texts"
+
+
+def mixed_words() -> list[int]:
+    """Words of the texts of mixed length, evenly from the shortest to the longest, in a random order."""
+    words = np.linspace(SHORTEST, LONGEST, MIXED) * WORDS_A_TOKEN
+    return np.random.default_rng(0).permutation(words.round().astype(int)).tolist()
 
 
 def roof(dtype_name: str) -> list[float]:
@@ -105,18 +120,15 @@ def alternate(
     }
 
 
-def token_counts(texts: Path) -> np.ndarray:
-    """Tokens of every text after truncation at 256."""
+def token_counts(source: Path, *columns: str) -> np.ndarray:
+    """Tokens of every text of these columns after truncation at 256."""
     from transformers import AutoTokenizer
 
     from kinvec.backbone import find_model
 
-    sys.path.insert(0, str(HERE))
-    from arms import MODEL, read_rows
-
     tokenizer = AutoTokenizer.from_pretrained(find_model(MODEL))
-    ids = tokenizer([row["text"] for row in read_rows(str(texts))], truncation=True, max_length=256)["input_ids"]
-    return np.array([len(row) for row in ids])
+    texts = [row[column] for row in read_rows(str(source)) for column in columns]
+    return np.array([len(row) for row in tokenizer(texts, truncation=True, max_length=256)["input_ids"]])
 
 
 def flops(lengths: np.ndarray, training: bool) -> float:
@@ -132,11 +144,44 @@ def fidelity(folder: Path, one: str = "kinvec-auto", other: str = "peer-fp32") -
     return {"cosine_mean": round(float(cosines.mean()), 6), "cosine_least": round(float(cosines.min()), 6)}
 
 
+def found_by(folder: Path, arms: list[tuple[str, str]]) -> dict[str, float]:
+    """nDCG@10 of each arm's vectors of SciFact's documents, for its own of the test queries; none without the data."""
+    if not (SHARED / "scifact").is_dir():
+        return {}
+    import kinvec
+    from kinvec.files import open_retrieval
+
+    data, found = open_retrieval(SHARED / "scifact"), {}
+    queries = folder / "queries.jsonl"
+    queries.write_text("".join(json.dumps({"text": text}) + "\n" for text in data.queries.values()), "utf-8")
+    for who, precision in arms:
+        documents = np.load(folder / f"{who}-{precision}.npy")
+        vectors = folder / f"{who}-{precision}-queries.npy"
+        measure("encode", who, precision, queries, str(vectors))
+        known = dict(zip([*data.corpus.texts, *data.queries.values()], [*documents, *np.load(vectors)], strict=True))
+        result = kinvec.evaluate(Known(known), SHARED / "scifact")
+        found[f"ndcg@10 {who} {precision}"] = round(result.metrics["nDCG@10"], 4)
+    return found
+
+
+class Known:
+    """An encoder that has its vectors already."""
+
+    def __init__(self, vectors: dict[str, np.ndarray]) -> None:
+        self.name, self.prompts, self.vectors = "known", dict[str, str](), vectors
+
+    def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of queries."""
+        return np.stack([self.vectors[text] for text in texts])
+
+    encode_documents = encode_queries
+
+
 def encode_alone(arms: list[tuple[str, str]], limit: int | None, rounds: int) -> dict[str, Any]:
     """Seconds and texts a second of these arms, alternating, and how near each is to the first."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts, _, data = texts_and_pairs(folder, limit)
+        texts, *_, data = texts_and_pairs(folder, limit)
         encoding, count = alternate("encode", arms, texts, rounds, folder), len(texts.read_text("utf-8").splitlines())
         first = "-".join(arms[0])
         for (who, precision), row in zip(arms, encoding.values(), strict=True):
@@ -178,27 +223,27 @@ def main() -> None:
         "roof_tflops": {"shapes": ROOF_SHAPES, "fp32": roof("float32")} | ({"bf16": roof("bfloat16")} if bf16 else {}),
         "help_seconds": help_seconds(),
     }
-    best = max(result["roof_tflops"]["bf16" if bf16 else "fp32"])
+    best = 1e12 * max(result["roof_tflops"]["bf16" if bf16 else "fp32"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts, pairs, result["data"] = texts_and_pairs(folder, options.texts)
-        lengths = token_counts(texts)
-        encoding = alternate("encode", arms, texts, options.rounds, folder)
-        for row in encoding.values():
-            row |= {"texts_per_s": len(lengths) / row["seconds"], "tokens_per_s": float(lengths.sum()) / row["seconds"]}
-            row["share_of_roof"] = flops(lengths, False) / row["seconds"] / 1e12 / best
-        result["encode"] = encoding | {"fidelity": fidelity(folder)}
-        training = alternate("train", arms, pairs, options.rounds, folder)
-        sys.path.insert(0, str(HERE))
-        from arms import BATCH, LONG, SHORT
-
-        for row in training.values():
+        texts, mixed, pairs, result["data"] = texts_and_pairs(folder, options.texts)
+        for job, source in (("mixed", mixed), ("encode", texts)):  # vectors of the last are looked at
+            result[job] = alternate("encode", arms, source, options.rounds, folder)
+            lengths = token_counts(source, "text")
+            for row in result[job].values():
+                row["texts_per_s"], row["tokens_per_s"] = len(lengths) / row["seconds"], sum(lengths) / row["seconds"]
+                row["share_of_roof"] = flops(lengths, False) / row["seconds"] / best
+        near = fidelity(folder) | ({} if options.texts else found_by(folder, arms))
+        result["train"] = alternate("train", arms, pairs, options.rounds, folder)
+        lengths = token_counts(pairs, "query", "pos_doc")
+        for row in result["train"].values():
             row["pairs_per_s"] = BATCH * (LONG - SHORT) / row["seconds"]
-        result["train"] = training
-    for job in ("encode", "train"):
+            row["share_of_roof"] = row["pairs_per_s"] * flops(lengths, True) / (len(lengths) / 2) / best
+    for job in ("encode", "mixed", "train"):
         ours = result[job]["kinvec auto"]["seconds"]
         peers = [key for key in result[job] if key.startswith("peer")]
         result[job]["times_faster_than"] = {key: round(result[job][key]["seconds"] / ours, 2) for key in peers}
+    result["encode"]["fidelity"] = near
     write(result, f"speed-{result['date']}-{'bf16' if bf16 else 'fp32'}")
 
 
