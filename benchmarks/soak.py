@@ -65,7 +65,7 @@ def growth(values: np.ndarray, hours: np.ndarray) -> dict[str, float]:
     """The slope an hour of the rounds after the first tenth, with its interval."""
     kept = slice(max(1, len(values) // 10), None)
     line = stats.linregress(hours[kept], values[kept])
-    reach = float(stats.t.ppf(0.975, max(len(values[kept]) - 2, 1)) * line.stderr)
+    reach = float(np.nan_to_num(stats.t.ppf(0.975, max(len(values[kept]) - 2, 1)) * line.stderr))  # nothing changed
     return {
         "first": float(values[kept][0]), "last": float(values[-1]), "most": float(values.max()),
         "slope_per_hour": float(line.slope), "low": float(line.slope) - reach, "high": float(line.slope) + reach,

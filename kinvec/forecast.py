@@ -251,7 +251,7 @@ def training(embedder: Embedder, source: Mixture, settings: TrainerSettings) -> 
         "recomputed": float(np.mean([len(again) for _, again in shapes])),
         "seconds_per_token": {
             "forward": sum(one.forward for one in chunks) / tokens,
-            "backward": sum(one.both - one.forward for one in chunks) / tokens,
+            "backward": max(sum(one.both - one.forward for one in chunks), 0.0) / tokens,
         },
         "step": step, "seconds": total * sum(step.values()), "memory": memory, "peak": sum(memory.values()),
     }  # fmt: skip
