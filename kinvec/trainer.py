@@ -6,6 +6,7 @@ stopped.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -316,6 +317,8 @@ def _step(
                     f"out of memory at step {state.step + 1} even in chunks of {state.chunk_tokens} tokens; lower "
                     "data.max_length or trainer.batch_size, or close other programs"
                 ) from error
+        gc.collect()  # the frames that ended hold graphs
+        release_pages()
         torch.set_rng_state(random_state)
         state.chunk_tokens //= 2
         state.halvings.append({"step": state.step + 1, "chunk_tokens": state.chunk_tokens})
