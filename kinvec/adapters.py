@@ -6,6 +6,8 @@ import importlib
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -49,34 +51,37 @@ class LoraSettings(Settings):
 
 def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
     """Put adapters on and freeze the rest. Raises `KinvecError` when a target names no layer of the model."""
-    bitsandbytes()
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=settings.targets,
-        bias="none", task_type="FEATURE_EXTRACTION",
-    )  # fmt: skip
     try:
-        with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            backbone.model = get_peft_model(backbone.model, config)
+        with _peft() as peft:
+            config = peft.LoraConfig(
+                r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
+                target_modules=settings.targets, bias="none", task_type="FEATURE_EXTRACTION",
+            )  # fmt: skip
+            backbone.model = peft.get_peft_model(backbone.model, config)
     except ValueError as error:
         raise KinvecError(f"lora.targets: {str(error).splitlines()[0]}") from None
 
 
 def load_lora(backbone: Backbone, adapter: Path) -> None:
     """Put the adapters of a PEFT folder on. Raises `KinvecError` where they do not fit or are not safetensors."""
-    bitsandbytes()
-    from peft import PeftModel
-
     if not (adapter / "adapter_model.safetensors").is_file():
         raise KinvecError(f"{adapter}: there are no adapter weights (adapter_model.safetensors)")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            backbone.model = PeftModel.from_pretrained(backbone.model, str(adapter))
+        with _peft() as peft:
+            backbone.model = peft.PeftModel.from_pretrained(backbone.model, str(adapter))
     except (RuntimeError, ValueError, KeyError) as error:
         raise KinvecError(f"{adapter}: the adapter does not fit its base: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def _peft() -> Iterator[Any]:
+    """PEFT, imported after bitsandbytes, which it would import its own way; without a warning of its own making."""
+    bitsandbytes()
+    import peft
+
+    with warnings.catch_warnings():  # it asks transformers for a property by its old name
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield peft
 
 
 def merge_lora(backbone: Backbone) -> None:

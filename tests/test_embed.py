@@ -45,9 +45,13 @@ def lines_of(rows: Iterable[dict[str, str]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def write(folder: Path, n: int, encode: Callable[[Sequence[str]], np.ndarray] = count) -> dict[str, Any]:
+def begun(folder: Path, n: int) -> dict[str, Any]:
     with vectors.listed(folder, {"doc": rows(n)}, [("q1", "d2", 1)]) as (beside, counts):
-        state = vectors.begin(folder, beside, counts, {"model": "count"})
+        return vectors.begin(folder, beside, counts, {"model": "count"})
+
+
+def write(folder: Path, n: int, encode: Callable[[Sequence[str]], np.ndarray] = count) -> dict[str, Any]:
+    state = begun(folder, n)
     vectors.write_side(folder, "doc", n, rows(n), partial(map, encode))
     return vectors.finish(folder, state, {"dimension": 11})
 
@@ -121,8 +125,7 @@ def test_stopped_after_any_window_it_continues_to_the_same_bytes(tmp_path: Path,
 def test_an_encoder_may_read_a_window_ahead_also_of_a_folder_begun(tmp_path: Path) -> None:
     write(tmp_path / "whole", 29)
     folder = tmp_path / "v"
-    with vectors.listed(folder, {"doc": rows(29)}, [("q1", "d2", 1)]) as (beside, counts):
-        state = vectors.begin(folder, beside, counts, {"model": "count"})
+    state = begun(folder, 29)
     vectors._write_part(folder, "doc.0000001", count([text for _, text in rows(29)][4:8]))
     told: list[tuple[int, bool]] = []
     read_ahead = partial(ahead, count, device=torch.device("cuda"))
@@ -136,8 +139,7 @@ def test_an_encoder_may_read_a_window_ahead_also_of_a_folder_begun(tmp_path: Pat
 def test_killed_while_a_shards_parts_are_removed(tmp_path: Path) -> None:
     write(tmp_path / "whole", 29)
     folder = tmp_path / "v"
-    with vectors.listed(folder, {"doc": rows(29)}, [("q1", "d2", 1)]) as (beside, counts):
-        state = vectors.begin(folder, beside, counts, {"model": "count"})
+    state = begun(folder, 29)
     vectors.write_side(folder, "doc", 29, rows(29), partial(map, count))
     (folder / "doc.0000001.part").write_bytes(b"left behind")
     vectors.write_side(folder, "doc", 29, rows(29), partial(map, pytest.fail))
@@ -221,7 +223,7 @@ import numpy as np
 from kinvec.files import vectors
 
 WORDS = {WORDS}
-{"".join(inspect.getsource(function) for function in (count, rows, write))}
+{"".join(inspect.getsource(function) for function in (count, rows, begun, write))}
 vectors.WINDOW, vectors.SHARD_WINDOWS, write_array = 4, 3, vectors.write_array
 
 def slowly(path, array):
