@@ -120,7 +120,7 @@ def shortened(layer: nn.Linear | FewBits) -> bool:
     return isinstance(layer, FewBits) or layer.weight.dtype != torch.float32
 
 
-def quantise(backbone: Backbone, base: str, device: torch.device) -> None:
+def shorten(backbone: Backbone, base: str, device: torch.device) -> None:
     """Hold the frozen linear layers in few bits, on `device`. Raises `KinvecError` where bitsandbytes is not there."""
     if bitsandbytes() is None:
         raise KinvecError(f"lora.base={base} needs bitsandbytes, which is not installed; pip install 'kinvec[qlora]'")

@@ -52,13 +52,16 @@ class Progress:
         elif time.monotonic() - self._said > QUIET_SECONDS:
             self._said = time.monotonic()
             left = (self._said - self._begun) / max(self.done, 1) * (self.total - self.done)
-            say(f"{self.label}: {self.done:,}/{self.total:,}, {_clock(left)} left {self.note}".rstrip())
+            say(f"{self.label}: {self.done:,}/{self.total:,}, {clock(left)} left {self.note}".rstrip())
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
+def clock(seconds: float) -> str:
+    """Seconds for a person, with minutes and hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 @contextmanager

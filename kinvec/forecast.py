@@ -28,6 +28,7 @@ from torch import Tensor
 from kinvec import masking
 from kinvec.backbone import trainable
 from kinvec.batching import Pack, cut, packs
+from kinvec.console import clock
 from kinvec.contracts import Encoder
 from kinvec.embedder import ENCODE_TOKENS, Embedder
 from kinvec.machine import release_pages
@@ -442,12 +443,3 @@ def _chunking(training: Mapping[str, Any]) -> str:
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.0f} MiB"
-
-
-def clock(seconds: float) -> str:
-    """Seconds for a person, with minutes and hours."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from kinvec import checkpoint, distributed, tasks
-from kinvec.adapters import add_lora, merge_lora, quantise, round_weights
+from kinvec.adapters import add_lora, merge_lora, round_weights, shorten
 from kinvec.backbone import resolve_device, resolve_precision
 from kinvec.card import write_card
 from kinvec.config import differences, dump, merged
@@ -404,7 +404,7 @@ def _adapt(recipe: Recipe, data: RunData, embedder: Embedder) -> None:
         with unrounded(embedder):
             add_lora(embedder.backbone, recipe.lora)
             if recipe.lora.base in ("int8", "nf4"):
-                quantise(embedder.backbone, recipe.lora.base, device)
+                shorten(embedder.backbone, recipe.lora.base, device)
 
 
 def _lineage(recipe: Recipe, data: RunData, embedder: Embedder, trained: Mapping[str, Any]) -> dict[str, Any]:

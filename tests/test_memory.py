@@ -247,7 +247,7 @@ assert kernels.get_kernel
 sys.modules["bitsandbytes"] = sys.modules["bitsandbytes.functional"] = None
 adapters.bitsandbytes.cache_clear()
 try:
-    adapters.quantise(None, "nf4", None)
+    adapters.shorten(None, "nf4", None)
 except adapters.KinvecError as error:
     print(error)
 """

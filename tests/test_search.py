@@ -74,6 +74,17 @@ def test_vectors_are_made_once_and_again_when_they_are_not_whole(run: Path, monk
     assert encoded == [60]
 
 
+def test_int8_answers_from_vectors_of_its_own(run: Path) -> None:
+    """Those kept in another precision are not taken for them, nor they for those."""
+    exact = verb.search(run, "blood cell protein", k=60)
+    rounded = verb.search(run, "blood cell protein", k=60, precision="int8")
+    for side in ("base", "tuned"):
+        scores = [{answer["id"]: answer["score"] for answer in found[side]} for found in (exact, rounded)]
+        assert scores[0].keys() == scores[1].keys() and scores[0] != scores[1]
+        assert all(abs(scores[0][one] - scores[1][one]) < 0.03 for one in scores[0])
+    assert verb.search(run, "blood cell protein", k=60) == exact
+
+
 def test_the_command_answers_a_pipe_line_by_line(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("blood cell\n\nheart risk\n"))
     verb.command(run, k=2, as_json=True)

@@ -51,7 +51,8 @@ def command(
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    from kinvec.forecast import clock, in_words
+    from kinvec.console import clock
+    from kinvec.forecast import in_words
 
     for number, one in enumerate(found["stages"], 1):
         if len(found["stages"]) > 1:

@@ -76,7 +76,7 @@ def open_engines(
     if not (folder / "model" / "modules.json").is_file():
         raise KinvecError(f"{folder}: the run has no tuned model yet; run the same kinvec train again, it continues")
     own = load_recipe(folder / "recipe.yaml")
-    given = {"precision": "fp32" if precision == "int8" else precision, "device": device, "threads": threads}
+    given = {"precision": precision, "device": device, "threads": threads}
     recipe = own.model_copy(update={key: value for key, value in given.items() if value is not None})
     set_threads(recipe.threads)
     data = open_run_data(recipe)
@@ -88,8 +88,8 @@ def open_engines(
         raise KinvecError(f"{folder}: the run learned from {data.sets[0].table.kind}, so there is no corpus to search")
     models = {"base": recipe, "tuned": recipe.model_copy(update={"model": str(folder / "model"), "prompts": {}})}
     embedders = {side: open_model(models[side]) for side in SIDES}
-    if precision == "int8":
-        for embedder in embedders.values():
+    for embedder in embedders.values():
+        if embedder.precision == "int8":
             embedder.into_int8()
     return {side: _engine(folder / "search", embedders[side], searchable[0]) for side in SIDES}
 
@@ -100,6 +100,7 @@ def _engine(folder: Path, embedder: Embedder, data: RetrievalData) -> Engine:
     from kinvec.files import vectors
 
     settings = {"model": embedder.fingerprint, "data": data.fingerprint, "window": vectors.WINDOW}
+    settings["precision"] = embedder.precision
     documents = partial(zip, data.corpus.ids, data.corpus.texts, strict=True)
     sides = {"doc": (documents, each(embedder, "document"))}
     return Engine(embedder, data.corpus, vectors.kept(folder / embedder.fingerprint, sides, settings)["doc"].shards)
