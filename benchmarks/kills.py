@@ -140,10 +140,11 @@ def _checkpoint(path: Path) -> Any:
     return {key: value for key, value in values.items() if key != "seconds"}
 
 
+MEASURED = ("seconds", "bytes_per_token")  # the latter counts memory by its address, which may serve twice
 TRAINED: dict[str, Callable[[Path], Any]] = {
     "log.jsonl": _steps,
-    "summary.json": _but("seconds", "out", "model", "report"),
-    "training.json": _but("seconds"),
+    "summary.json": _but(*MEASURED, "out", "model", "report"),
+    "training.json": _but(*MEASURED),
     "run.json": _but(),
     "report.html": _page,
     "results.json": _but("timing", "model"),
