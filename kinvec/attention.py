@@ -165,11 +165,16 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, pack: Pack, mask: TextMask | None, 
     return out
 
 
-def _runs(pack: Pack) -> Iterator[tuple[int, int, int]]:
-    """(first token, texts, tokens each) of every run of equal length."""
+SLAB = 2**21  # scores at a time: they stay in the cache between the two products
+
+
+def _slabs(pack: Pack, heads: int) -> Iterator[tuple[int, int, int]]:
+    """The runs of equal length, cut into (first token, texts, tokens each) of at most SLAB scores, or of one text."""
     start = 0
     for texts, length in pack.runs:
-        yield start, texts, length
+        step = max(1, SLAB // (heads * length * length))
+        for first in range(0, texts, step):
+            yield start + first * length, min(step, texts - first), length
         start += texts * length
 
 
@@ -200,17 +205,6 @@ def _probabilities(
     tanh = torch.tanh(torch.bmm(q, k.transpose(1, 2)) * (scale / softcap))
     scores = tanh * softcap if bias is None else tanh * softcap + bias
     return torch.softmax(scores, -1), tanh
-
-
-SLAB = 2**21  # scores at a time without gradients: they stay in the cache between the two products
-
-
-def _slabs(pack: Pack, heads: int) -> Iterator[tuple[int, int, int]]:
-    """The runs, cut into (first token, texts, tokens each) of at most SLAB scores, or of one text."""
-    for start, texts, length in _runs(pack):
-        step = max(1, SLAB // (heads * length * length))
-        for first in range(0, texts, step):
-            yield start + first * length, min(step, texts - first), length
 
 
 def _forward_only(
@@ -259,7 +253,7 @@ class EqualLengthAttention(torch.autograd.Function):
         groups = q.shape[1] // k.shape[1]
         saved: list[Tensor | None] = []
         with torch.autocast(q.device.type, enabled=False):
-            for start, g, length in _runs(pack):
+            for start, g, length in _slabs(pack, q.shape[1]):
                 qs = _by_head(q, start, g, length)
                 ks, vs = (_by_head(x, start, g, length, groups) for x in (k, v))
                 probs, tanh = _probabilities(qs, ks, mask.bias(start, length, q), scale, softcap)
@@ -278,8 +272,8 @@ class EqualLengthAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Float[Tensor, "T H V"]) -> Any:
         dq, dk, dv = (grad.new_empty(shape) for shape in ctx.shapes)
         saved = ctx.saved_tensors
-        for run, (start, g, length) in enumerate(_runs(ctx.pack)):
-            qs, ks, vs, probs, keep, tanh = saved[6 * run : 6 * run + 6]
+        for slab, (start, g, length) in enumerate(_slabs(ctx.pack, grad.shape[1])):
+            qs, ks, vs, probs, keep, tanh = saved[6 * slab : 6 * slab + 6]
             dout = _by_head(grad, start, g, length)
             seen = probs
             if keep is not None:

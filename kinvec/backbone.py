@@ -238,12 +238,14 @@ class Backbone(nn.Module):
         """The last hidden states of all tokens of the pack."""
         if not self.packs:
             return self._padded(texts)
+        fillers = _fillers(len(texts.input_ids)) if self.training else 0
+        texts = texts.with_fillers(fillers)
         extra = {"token_type_ids": torch.zeros_like(texts.input_ids)[None]} if self._has_types() else {}
         with packed(texts):
             out = self.model(
                 input_ids=texts.input_ids[None], position_ids=(texts.positions + self.first_position)[None], **extra
             )
-        return out.last_hidden_state[0]
+        return out.last_hidden_state[0, fillers:]
 
     def _padded(self, texts: Pack) -> Float[Tensor, "T h"]:
         ids, mask = texts.padded(self.pad_token)
@@ -306,6 +308,15 @@ class Backbone(nn.Module):
         self._choose_way()
         if not all(self.sees_ahead(**way) == wanted for way in ways):
             raise KinvecError(f"{kind}: this architecture does not become {attention}; leave `attention` as it is")
+
+
+def _fillers(tokens: int) -> int:
+    """Tokens that lack a round number, by at most a 32nd: steps of the same size use the same memory again.
+
+    Were every step as large as its texts are long, nothing would fit where the last step's tensors have been: the
+    process would grow, and pay for fresh pages (docs/experiments.md).
+    """
+    return -tokens % (1 << max(tokens.bit_length() - 6, 0))
 
 
 def fuse(backbone: Backbone) -> None:

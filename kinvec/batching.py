@@ -191,6 +191,12 @@ class Pack:
             return self
         return Pack(self.input_ids.to(device), self.positions.to(device), self.lengths, self.skip, self.rows)
 
+    def with_fillers(self, count: int) -> Pack:
+        """The same texts after so many others, of one token each."""
+        none = (0,) * count
+        ids, positions = (torch.nn.functional.pad(x, (count, 0)) for x in (self.input_ids, self.positions))
+        return Pack(ids, positions, (1,) * count + self.lengths, none + self.skip, (-1,) * count + self.rows)
+
     def padded(self, pad_token: int) -> tuple[Int[Tensor, "n L"], Int[Tensor, "n L"]]:
         """The same texts padded on the right: token ids and attention mask, for models that cannot be packed."""
         rows = self.input_ids.split(list(self.lengths))
