@@ -238,7 +238,7 @@ class Backbone(nn.Module):
         """The last hidden states of all tokens of the pack."""
         if not self.packs:
             return self._padded(texts)
-        fillers = _fillers(len(texts.input_ids)) if self.training else 0
+        fillers = _fillers(len(texts.input_ids)) if self.model.training else 0
         texts = texts.with_fillers(fillers)
         extra = {"token_type_ids": torch.zeros_like(texts.input_ids)[None]} if self._has_types() else {}
         with packed(texts):

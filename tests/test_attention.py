@@ -23,7 +23,7 @@ from kinvec.attention import (
     packed_attention,
     replace_dropout,
 )
-from kinvec.backbone import Backbone, fuse
+from kinvec.backbone import Backbone, _fillers, fuse
 from kinvec.batching import Pack, Tokens, lay, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,6 +92,31 @@ def test_packed_equals_padded_forward_and_gradients(name: str) -> None:
     for key, other in other_by_name.items():
         scale = max(1.0, other.abs().max().item())
         torch.testing.assert_close(mine_by_name[key] / scale, other / scale, atol=TOLERANCE, rtol=0, msg=key)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_fillers_are_seen_by_no_text_and_leave_no_gradient(name: str) -> None:
+    """In training a pack is filled up to a round number; without dropout its texts are those of encoding."""
+    tokens, backbone = random_tokens(), backbone_of(name)
+    counts: list[int] = []
+    backbone.model.get_input_embeddings().register_forward_hook(lambda _, given, __: counts.append(given[0].numel()))
+    plain = packed_states(backbone, tokens)
+    expected = gradients(backbone.model, plain)
+    filled = packed_states(backbone.train(), tokens)
+    assert counts == [sum(LENGTHS), 180]
+    for mine, other in zip(filled, plain, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=0)
+    found = gradients(backbone.model, filled)
+    for key, other in expected.items():
+        scale = max(1.0, other.abs().max().item())
+        torch.testing.assert_close(found[key] / scale, other / scale, atol=1e-5, rtol=0, msg=key)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 2049, 8547, 16384])
+def test_a_pack_is_filled_up_by_a_32nd_at_most(tokens: int) -> None:
+    fillers = _fillers(tokens)
+    assert 0 <= fillers <= tokens / 32
+    assert (tokens + fillers) % (2 ** (math.floor(math.log2(tokens)) - 5) if tokens >= 64 else 1) == 0
 
 
 @pytest.mark.parametrize("name", PADDED)
