@@ -35,7 +35,6 @@ from kinvec.machine import release_pages
 from kinvec.mixing import Mixture, Step
 from kinvec.planner import chunks_to_keep, saving
 from kinvec.trainer import (
-    GROWTH,
     TrainerSettings,
     bytes_and_budget,
     in_precision,
@@ -49,7 +48,8 @@ SECONDS = 12.0  # that the model runs at most for the forecast of the training; 
 SHARE = 0.05  # of what is forecast, that measuring may take
 WARM_TOKENS = 1024  # of a pack to warm up with, and of the smallest that is measured
 POINTS = 3  # lengths of text at which the model is timed
-UNTIL_GROWN = 18  # chunks after which freed memory is in as many pieces as the trainer bears (docs/experiments.md)
+COMPILED, COMPILED_AT_MOST = 25_000_000, 500_000_000
+"""Bytes of the products that oneDNN compiles for the shapes of a chunk in bf16, and of all that it keeps of them."""
 STEPS = 12  # steps of the training whose lengths are looked at
 SAMPLE = 2000  # texts whose lengths stand for all that are encoded
 WORDS = 64  # of a text, that the stand-in reads
@@ -240,9 +240,9 @@ def training(embedder: Embedder, source: Mixture, settings: TrainerSettings) -> 
     fixed = {"process": before, "gradients": gradients, "moments": moments}
     predicts = steps[0][0].objective.ask is not None
     memory = fixed | _activations(chunks, shapes, most[0] - before - gradients, scored, predicts)
-    if embedder.device.type == "cpu":
+    if embedder.device.type == "cpu" and embedder.precision == "bf16":
         passes = total * float(np.mean([len(kept) + 2 * len(again) for kept, again in shapes]))
-        memory["fragments"] = int((GROWTH - 1) * min(passes / UNTIL_GROWN, 1.0) * sum(memory.values()))
+        memory["compiled"] = min(int(passes * COMPILED), COMPILED_AT_MOST)
     tokens = sum(sum(one.lengths) for one in chunks)
     return {
         "steps": total, "evaluations": math.ceil(total / every) if every else 0, "batch_size": settings.batch_size,
