@@ -193,6 +193,8 @@ class Pack:
 
     def with_fillers(self, count: int) -> Pack:
         """The same texts after so many others, of one token each."""
+        if not count:
+            return self
         none = (0,) * count
         ids, positions = (torch.nn.functional.pad(x, (count, 0)) for x in (self.input_ids, self.positions))
         return Pack(ids, positions, (1,) * count + self.lengths, none + self.skip, (-1,) * count + self.rows)

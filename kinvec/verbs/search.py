@@ -99,8 +99,10 @@ def _engine(folder: Path, embedder: Embedder, data: RetrievalData) -> Engine:
     from kinvec.encoders import each
     from kinvec.files import vectors
 
-    settings = {"model": embedder.fingerprint, "data": data.fingerprint, "window": vectors.WINDOW}
-    settings["precision"] = embedder.precision
+    settings = {
+        "model": embedder.fingerprint, "precision": embedder.precision,
+        "data": data.fingerprint, "window": vectors.WINDOW,
+    }  # fmt: skip
     documents = partial(zip, data.corpus.ids, data.corpus.texts, strict=True)
     sides = {"doc": (documents, each(embedder, "document"))}
     return Engine(embedder, data.corpus, vectors.kept(folder / embedder.fingerprint, sides, settings)["doc"].shards)
