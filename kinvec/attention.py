@@ -10,18 +10,18 @@ Shapes: T = tokens of the pack, H = query heads, K = key/value heads, D = head w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kinvec.batching import Pack
 from kinvec.contracts import KinvecError
+from kinvec.kernels import softmax, softmax_backward
 
 IMPLEMENTATION = "kinvec_packed"
 _PACK: ContextVar[Pack | None] = ContextVar("pack", default=None)
@@ -194,17 +194,13 @@ def _from_heads(x: Float[Tensor, "gH L D"], g: int, out: Float[Tensor, "gL K D"]
     out.view(g, length, -1, width).copy_(heads.permute(0, 2, 1, 3))
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax of the scores [gH, L, L], and tanh of the capped scores where there is a cap (Gemma 2)."""
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, float, Tensor | None]:
+    """Scores [gH, L, L], what they are still to be multiplied by, and the tanh of capped scores (Gemma 2)."""
+    scores = torch.bmm(q, k.transpose(1, 2))
     if softcap is None:
-        base = q.new_zeros(1) if bias is None else bias
-        scores = torch.baddbmm(base, q, k.transpose(1, 2), beta=0 if bias is None else 1, alpha=scale)
-        return torch.softmax(scores, -1), None
-    tanh = torch.tanh(torch.bmm(q, k.transpose(1, 2)) * (scale / softcap))
-    scores = tanh * softcap if bias is None else tanh * softcap + bias
-    return torch.softmax(scores, -1), tanh
+        return scores, scale, None
+    tanh = scores.mul_(scale / softcap).tanh_()
+    return tanh.clone(), softcap, tanh
 
 
 def _forward_only(
@@ -226,7 +222,8 @@ def _forward_only(
             continue
         with torch.autocast(q.device.type, enabled=False):
             by_head = _by_head(q, start, g, length), _by_head(k, start, g, length, groups)
-            probs, _ = _probabilities(*by_head, bias, scale, softcap)
+            scores, factor, _ = _scores(*by_head, scale, softcap)
+            _, probs = softmax(scores, bias, factor, 0.0)
             _from_heads(torch.bmm(probs, _by_head(v, start, g, length, groups)), g, out[here])
     return out
 
@@ -256,13 +253,10 @@ class EqualLengthAttention(torch.autograd.Function):
             for start, g, length in _slabs(pack, q.shape[1]):
                 qs = _by_head(q, start, g, length)
                 ks, vs = (_by_head(x, start, g, length, groups) for x in (k, v))
-                probs, tanh = _probabilities(qs, ks, mask.bias(start, length, q), scale, softcap)
-                keep = keep_mask(probs.shape, dropout, q.device) if dropout > 0.0 else None
-                mixed = torch.bmm(probs if keep is None else masked(probs, keep), vs)
-                if keep is not None:  # rescaling after the product touches L / D times fewer numbers
-                    mixed.mul_(1.0 / (1.0 - dropout))
-                _from_heads(mixed, g, out[start : start + g * length])
-                saved += [qs, ks, vs, probs, keep, tanh]
+                scores, factor, tanh = _scores(qs, ks, scale, softcap)
+                probs, seen = softmax(scores, mask.bias(start, length, q), factor, dropout)
+                _from_heads(torch.bmm(seen, vs), g, out[start : start + g * length])
+                saved += [qs, ks, vs, probs, tanh]
         ctx.save_for_backward(*saved)
         ctx.shapes = q.shape, k.shape, v.shape
         ctx.pack, ctx.scale, ctx.dropout, ctx.softcap, ctx.groups = pack, scale, dropout, softcap, groups
@@ -273,144 +267,14 @@ class EqualLengthAttention(torch.autograd.Function):
         dq, dk, dv = (grad.new_empty(shape) for shape in ctx.shapes)
         saved = ctx.saved_tensors
         for slab, (start, g, length) in enumerate(_slabs(ctx.pack, grad.shape[1])):
-            qs, ks, vs, probs, keep, tanh = saved[6 * slab : 6 * slab + 6]
+            qs, ks, vs, probs, tanh = saved[5 * slab : 5 * slab + 5]
             dout = _by_head(grad, start, g, length)
-            seen = probs
-            if keep is not None:
-                dout, seen = dout * (1.0 / (1.0 - ctx.dropout)), masked(probs, keep)
-            dprobs = torch.bmm(dout, vs.transpose(1, 2))
-            if keep is not None:
-                dprobs = masked(dprobs, keep, out=dprobs)
-            dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+            dseen = torch.bmm(dout, vs.transpose(1, 2))
+            dscores, seen = softmax_backward(probs, dseen, ctx.scale, ctx.dropout)
             if tanh is not None:
                 dscores.mul_(1.0 - tanh * tanh)
             span = slice(start, start + g * length)
             _from_heads(torch.bmm(seen.transpose(1, 2), dout), g, dv[span], ctx.groups)
-            _from_heads(torch.bmm(dscores, ks).mul_(ctx.scale), g, dq[span])
-            _from_heads(torch.bmm(dscores.transpose(1, 2), qs).mul_(ctx.scale), g, dk[span], ctx.groups)
+            _from_heads(torch.bmm(dscores, ks), g, dq[span])
+            _from_heads(torch.bmm(dscores.transpose(1, 2), qs), g, dk[span], ctx.groups)
         return dq, dk, dv, None, None, None, None, None
-
-
-def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Int[Tensor, "..."]:
-    """A random mask of 16-bit words, all ones with probability 1 − dropout to within 2⁻¹⁶ and else zero.
-
-    Four words come from each 64-bit draw and are turned into the mask where they lie: clamped to a threshold and the
-    number below it. Multiplying by a Boolean mask would first convert it (docs/experiments.md). The generator of the
-    device is advanced as any other draw advances it, so a saved random state replays the mask.
-    """
-    count = shape.numel()
-    threshold = round((1.0 - dropout) * 2**16) - 2**15
-    if threshold == 2**15:  # a dropout below half of 2⁻¹⁶
-        return torch.full(shape, -1, dtype=torch.int16, device=device)
-    words = _draws((count + 3) // 4, device).view(torch.int16)[:count]
-    return words.clamp_(threshold - 1, threshold).sub_(threshold).view(shape)
-
-
-def _draws(count: int, device: torch.device) -> Int[Tensor, " count"]:
-    """Random 64-bit integers. torch draws them on a CPU with one slow generator; it only seeds a faster one here."""
-    if device.type != "cpu":
-        return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None)
-    seed = torch.randint(2**63 - 1, ())
-    return torch.from_numpy(np.random.SFC64(int(seed)).random_raw(count).view(np.int64))
-
-
-WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number → the integers that hold its bits
-
-
-def masked(x: Float[Tensor, "..."], keep: Int[Tensor, "..."], out: Tensor | None = None) -> Float[Tensor, "..."]:
-    """The numbers of x where `keep` is all ones, +0 where it is zero, by the bits of both; into `out` if given."""
-    word = WORDS[x.element_size()]
-    place = out.view(word) if out is not None else None
-    return torch.bitwise_and(x.view(word), keep.to(word), out=place).view(x.dtype)
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        keep = keep_mask(x.shape, p, x.device)
-        ctx.save_for_backward(keep)
-        ctx.rescale = 1.0 / (1.0 - p)
-        return masked(x, keep).mul_(ctx.rescale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (keep,) = ctx.saved_tensors
-        return masked(grad, keep).mul_(ctx.rescale), None
-
-
-class Dropout(nn.Dropout):
-    """`nn.Dropout` with the cheap mask above: two bytes an element are kept for the backward pass instead of four."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        return _Dropout.apply(x, self.p) if self.p < 1.0 else torch.zeros_like(x)
-
-
-class FusedProjections:
-    """One matrix product for the query, key and value projections that read the same input."""
-
-    def __init__(self, product: Callable[[Tensor], Tensor], widths: list[int]) -> None:
-        self.product, self.widths = product, widths
-        self._input: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}
-
-    def project(self, index: int, x: Tensor) -> Tensor:
-        """The output of projection `index` for x; the first one asked for computes all."""
-        if x is not self._input or index not in self._outputs:
-            parts = self.product(x).split(self.widths, -1)
-            self._input, self._outputs = x, dict(enumerate(parts))
-        part = self._outputs.pop(index)
-        if not self._outputs:
-            self._input = None
-        return part
-
-
-def joined(layers: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
-    """Linear layers as one. The weights stay where they are and keep their names; each forward joins them."""
-
-    def product(x: Tensor) -> Tensor:
-        weight = torch.cat([*(layer.weight for layer in layers)])
-        biases: tuple[Tensor, ...] = tuple(filter(torch.is_tensor, (layer.bias for layer in layers)))
-        return nn.functional.linear(x, weight, torch.cat(biases) if biases else None)
-
-    return product
-
-
-PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"))
-
-
-def fuse_projections(
-    model: nn.Module, join: Callable[[Sequence[nn.Linear]], Callable[[Tensor], Tensor]] = joined
-) -> int:
-    """Fuse every attention layer's plain query, key and value projections; returns how many layers were fused.
-
-    Only plain linear layers are fused: one that carries an adapter computes for itself. `join` makes one product of
-    them.
-    """
-    count = 0
-    for module in list(model.modules()):
-        for names in PROJECTIONS:
-            found = [getattr(module, name, None) for name in names]
-            layers = tuple(layer for layer in found if type(layer) is nn.Linear)
-            if len(layers) < len(names):
-                continue
-            if len({layer.bias is None for layer in layers}) > 1:
-                continue
-            fused = FusedProjections(join(layers), [layer.out_features for layer in layers])
-            for index, layer in enumerate(layers):
-                layer.forward = _bind(fused, index)  # type: ignore[method-assign, assignment]
-            count += 1
-    return count
-
-
-def _bind(fused: FusedProjections, index: int) -> Callable[[Tensor], Tensor]:
-    return lambda x: fused.project(index, x)
-
-
-def replace_dropout(model: nn.Module) -> None:
-    """Use the cheap dropout everywhere in the model; modules without parameters, so no weight changes its name."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Dropout:
-                setattr(module, name, Dropout(child.p))

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from kinvec.attention import fuse_projections
 from kinvec.contracts import KinvecError
+from kinvec.fused import fuse_projections
 
 MOST = 127  # codes are −127 to 127
 ZERO = 128  # added to the codes of activations: processors multiply unsigned bytes by signed ones

@@ -25,7 +25,6 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from kinvec import distributed, masking
-from kinvec.attention import replace_dropout
 from kinvec.backbone import fuse, has_dropout, layers, recompute_layers, set_dropout, trainable
 from kinvec.batching import Pack, Tokens, deal, join, pack, shares
 from kinvec.config import Settings
@@ -33,6 +32,7 @@ from kinvec.console import progress, say
 from kinvec.contracts import KinvecError, RecipeError
 from kinvec.embedder import Embedder
 from kinvec.faults import Spikes, refuse_fault
+from kinvec.fused import replace_dropout
 from kinvec.gradcache import backward
 from kinvec.machine import ahead, release_pages
 from kinvec.mixing import Mixture, Step

@@ -14,17 +14,14 @@ from torch import Tensor, nn
 from kinvec import attention
 from kinvec.adapters import LoraSettings, add_lora, merge_lora
 from kinvec.attention import (
-    Dropout,
     EqualLengthAttention,
     TextMask,
-    fuse_projections,
-    keep_mask,
     packed,
     packed_attention,
-    replace_dropout,
 )
 from kinvec.backbone import Backbone, _fillers, fuse
 from kinvec.batching import Pack, Tokens, lay, pack
+from kinvec.fused import Dropout, fuse_projections, replace_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -285,32 +282,6 @@ def test_attention_dropout_replays_under_a_saved_random_state_and_keeps_the_mean
     error = (torch.stack(draws).mean(0) - whole).abs().max()  # rescaling keeps the expectation
     spread = torch.stack(draws).std(0).max() / math.sqrt(len(draws))
     assert error < 5 * spread
-
-
-@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])
-def test_the_dropout_mask_keeps_at_the_right_rate(rate: float) -> None:
-    torch.manual_seed(0)
-    count = 1_000_003  # no multiple of four: the last draw is cut
-    mask = keep_mask(torch.Size((count,)), rate, torch.device("cpu"))
-    assert mask.shape == (count,) and set(mask.unique().tolist()) == {-1, 0}
-    kept = mask == -1
-    for part in (kept, kept[::4], kept[1::4], kept[2::4], kept[3::4]):
-        deviation = math.sqrt(rate * (1 - rate) / len(part))
-        assert abs(part.double().mean().item() - (1 - rate)) < 5 * deviation + 2**-16
-
-
-def test_dropouts_backward_is_its_mask() -> None:
-    layer = Dropout(0.4)
-    x = torch.full((64, 33), 2.0, requires_grad=True)
-    state = torch.get_rng_state()
-    out = layer(x)
-    out.sum().backward()
-    assert x.grad is not None
-    assert out.unique().tolist() == [0.0, pytest.approx(2.0 / 0.6)]
-    torch.testing.assert_close(x.grad, out.detach() / 2.0)
-    torch.set_rng_state(state)
-    assert torch.equal(layer(x), out)
-    assert torch.equal(layer.eval()(x), x)
 
 
 def test_replaced_dropout_changes_no_name_and_no_weight() -> None:

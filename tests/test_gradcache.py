@@ -13,10 +13,10 @@ from tiny_models import VOCABULARY, build
 from torch import Tensor
 
 from kinvec.adapters import LoraSettings, add_lora
-from kinvec.attention import replace_dropout
 from kinvec.backbone import Backbone, fuse, set_dropout
 from kinvec.batching import Pack, Tokens, cut, lay, pack
 from kinvec.contracts import RecipeError
+from kinvec.fused import replace_dropout
 from kinvec.gradcache import backward
 from kinvec.losses import info_nce
 from kinvec.planner import chunks_to_keep, memory_budget, parse_bytes, saved_bytes_per_token

@@ -37,9 +37,9 @@ UNWRITABLE = {
 }  # fmt: skip
 
 
-def cache_folder() -> Path:
-    """`$KINVEC_CACHE`, or `~/.cache/kinvec`, and in it `data`."""
-    return Path(os.environ.get("KINVEC_CACHE") or Path.home() / ".cache" / "kinvec") / "data"
+def cache_folder(part: str = "data") -> Path:
+    """`$KINVEC_CACHE`, or `~/.cache/kinvec`, and in it `part`."""
+    return Path(os.environ.get("KINVEC_CACHE") or Path.home() / ".cache" / "kinvec") / part
 
 
 def fingerprint_of(*parts: Any) -> str:

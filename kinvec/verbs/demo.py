@@ -152,9 +152,9 @@ def measure(embedder: Embedder, pairs: Sequence[Pair], seconds: float = 2.0) -> 
     """Encode, and then go forward and backward through, real texts for about `seconds` each, after a warm-up."""
     import torch
 
-    from kinvec.attention import replace_dropout
     from kinvec.backbone import fuse
     from kinvec.batching import pack
+    from kinvec.fused import replace_dropout
 
     texts = [text for pair in pairs for text in (pair.query, " ".join(pair.document.split()[: WORDS[0]]))]
     tokens = embedder.tokenize(texts)
