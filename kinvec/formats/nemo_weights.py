@@ -161,7 +161,8 @@ def _tensors_of(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
         most -= value.numel() * value.element_size()
         if most < 0:  # views of a small storage can pretend any size
             raise Refused(f"{path.name}: '{name}' claims more bytes than the file has; refused")
-        tensors[str(name)] = value
+        # it may be a view, also of what another is a view of
+        tensors[str(name)] = value.clone(memory_format=torch.contiguous_format)
     return tensors
 
 
