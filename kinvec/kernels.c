@@ -1,4 +1,4 @@
-/* Rows of numbers, bfloat16 or float32, in one pass over memory: softmax with dropout, its backward pass, dropout.
+/* Rows of numbers, bfloat16 or float32, in one pass over memory: softmax with dropout, LayerNorm of a sum, dropout.
 
    Written with the vector types of GCC and Clang, so it becomes AVX-512, AVX2 or NEON code as the processor has it.
    kernels.py compiles this file at first use and says what each function computes. Arithmetic is in float32. */
@@ -9,6 +9,8 @@
 
 enum { LANES = 16 };
 typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
@@ -31,9 +33,10 @@ static inline float largest(Floats x) {
 }
 
 static inline float sum(Floats x) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
+    union { Floats whole; Eight half[2]; } a = {x};
+    union { Eight whole; Four half[2]; } b = {a.half[0] + a.half[1]};
+    Four c = b.half[0] + b.half[1];
+    return (c[0] + c[1]) + (c[2] + c[3]);
 }
 
 static inline Floats widen(Halves x) { return (Floats)(__builtin_convertvector(x, Words) << 16); }
@@ -43,42 +46,45 @@ static inline Halves narrow(Floats x) { /* to the nearest, ties to even */
     return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
 }
 
-/* Row `r` of a matrix of width n; the last block is filled up with `fill`. */
-static inline void load(Floats *row, const void *from, long r, long n, int half, float fill) {
-    long whole = n / LANES, rest = n % LANES;
-    if (rest)
-        for (int i = 0; i < LANES; i++) row[whole][i] = fill;
-    if (!half) {
-        memcpy(row, (const float *)from + r * n, n * sizeof(float));
-        return;
-    }
-    const uint16_t *x = (const uint16_t *)from + r * n;
-    for (long b = 0; b < whole; b++) {
-        Halves some;
-        memcpy(&some, x + b * LANES, sizeof some);
-        row[b] = widen(some);
-    }
-    for (long i = 0; i < rest; i++) {
-        uint32_t bits = (uint32_t)x[whole * LANES + i] << 16;
-        memcpy((float *)&row[whole] + i, &bits, sizeof bits);
-    }
+/* Fewer than 64 bytes, as moves of fixed sizes. */
+static inline void copy(void *to, const void *from, long bytes) {
+    char *t = to;
+    const char *f = from;
+#define MOVE(size) if (bytes & size) { memcpy(t, f, size); t += size; f += size; }
+    MOVE(32) MOVE(16) MOVE(8) MOVE(4) MOVE(2)
+#undef MOVE
 }
 
-static inline void store(void *to, const Floats *row, long r, long n, int half) {
-    if (!half) {
-        memcpy((float *)to + r * n, row, n * sizeof(float));
-        return;
+/* Block b of row r of a matrix of width n; what the row's last block lacks is `fill`. */
+static inline Floats get(const void *from, long r, long n, long b, int half, float fill) {
+    long at = r * n + b * LANES, count = n - b * LANES;
+    Floats x;
+    Halves narrow;
+    if (count >= LANES) {
+        if (!half) return memcpy(&x, (const float *)from + at, sizeof x), x;
+        return memcpy(&narrow, (const uint16_t *)from + at, sizeof narrow), widen(narrow);
     }
-    uint16_t *x = (uint16_t *)to + r * n;
-    long whole = n / LANES, rest = n % LANES;
-    for (long b = 0; b < whole; b++) {
-        Halves some = narrow(row[b]);
-        memcpy(x + b * LANES, &some, sizeof some);
+    if (half) {
+        memset(&narrow, 0, sizeof narrow);
+        copy(&narrow, (const uint16_t *)from + at, 2 * count);
+        x = widen(narrow);
+    } else {
+        memset(&x, 0, sizeof x);
+        copy(&x, (const float *)from + at, 4 * count);
     }
-    if (rest) {
-        Halves some = narrow(row[whole]);
-        for (long i = 0; i < rest; i++) x[whole * LANES + i] = some[i];
-    }
+    Ints there = (Ints)(PLACES < (uint32_t)count);
+    return (Floats)((there & (Ints)x) | (~there & (Ints)((Floats){0} + fill)));
+}
+
+static inline void put(void *to, Floats x, long r, long n, long b, int half) {
+    long at = r * n + b * LANES, count = n - b * LANES;
+    Halves small;
+    if (half) small = narrow(x);
+    if (count >= LANES) {
+        if (half) memcpy((uint16_t *)to + at, &small, sizeof small);
+        else memcpy((float *)to + at, &x, sizeof x);
+    } else if (half) copy((uint16_t *)to + at, &small, 2 * count);
+    else copy((float *)to + at, &x, 4 * count);
 }
 
 /* exp for x ≤ 0, to two units in the last place: 2^whole times a polynomial in the rest; what underflows is 0. */
@@ -119,25 +125,26 @@ void softmax(void *scores, void *seen, const void *bias, float scale, long rows,
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
         long blocks = BLOCKS(n);
-        Floats p[blocks], other[blocks], high, total = {0};
-        load(p, scores, r, n, half, -INFINITY);
-        if (bias) load(other, bias, r % n, n, half, 0);
-        for (long b = 0; b < blocks; b++) p[b] = bias ? p[b] * scale + other[b] : p[b] * scale;
-        high = p[0];
-        for (long b = 1; b < blocks; b++) high = larger(p[b], high);
+        Floats p[blocks], high = (Floats){0} - INFINITY, total = {0};
+        for (long b = 0; b < blocks; b++) {
+            p[b] = get(scores, r, n, b, half, -INFINITY) * scale;
+            if (bias) p[b] += get(bias, r % n, n, b, half, 0);
+            high = larger(p[b], high);
+        }
         float most = largest(high);
         for (long b = 0; b < blocks; b++) total += p[b] = exponential(p[b] - most);
         float share = 1.0f / sum(total);
         uint64_t row = key(seed, r);
         for (long b = 0; b < blocks; b++) {
-            p[b] *= share;
-            if (!seen) continue;
+            Floats x = p[b] * share;
+            if (!seen) {
+                put(scores, x, r, n, b, half);
+                continue;
+            }
             Ints keep = kept(row, b, drop);
-            other[b] = where(keep, p[b] * rescale);
-            p[b] = (Floats)((Ints)p[b] | (~keep & INT32_MIN));
+            put(scores, (Floats)((Ints)x | (~keep & INT32_MIN)), r, n, b, half);
+            put(seen, where(keep, x * rescale), r, n, b, half);
         }
-        store(scores, p, r, n, half);
-        if (seen) store(seen, other, r, n, half);
     }
 }
 
@@ -147,18 +154,17 @@ void softmax_backward(const void *probs, void *grad, void *seen, float scale, lo
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
         long blocks = BLOCKS(n);
-        Floats p[blocks], g[blocks], s[blocks], total = {0};
-        load(p, probs, r, n, half, 0);
-        load(g, grad, r, n, half, 0);
+        Floats p[blocks], g[blocks], total = {0};
         for (long b = 0; b < blocks; b++) {
-            s[b] = where((Ints)p[b] >= 0, p[b] * rescale);
-            g[b] *= s[b];
+            p[b] = get(probs, r, n, b, half, 0);
+            Floats s = where((Ints)p[b] >= 0, p[b] * rescale);
+            g[b] = get(grad, r, n, b, half, 0) * s;
             total += g[b];
+            if (seen) put(seen, s, r, n, b, half);
         }
         float all = sum(total);
-        for (long b = 0; b < blocks; b++) g[b] = (g[b] - (Floats)((Ints)p[b] & INT32_MAX) * all) * scale;
-        store(grad, g, r, n, half);
-        if (seen) store(seen, s, r, n, half);
+        for (long b = 0; b < blocks; b++)
+            put(grad, (g[b] - (Floats)((Ints)p[b] & INT32_MAX) * all) * scale, r, n, b, half);
     }
 }
 
@@ -166,12 +172,9 @@ void softmax_backward(const void *probs, void *grad, void *seen, float scale, lo
 void dropout(const void *from, void *to, long rows, long n, int half, uint32_t drop, float rescale, uint64_t seed) {
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
-        long blocks = BLOCKS(n);
-        Floats x[blocks];
         uint64_t row = key(seed, r);
-        load(x, from, r, n, half, 0);
-        for (long b = 0; b < blocks; b++) x[b] = where(kept(row, b, drop), x[b] * rescale);
-        store(to, x, r, n, half);
+        for (long b = 0; b < BLOCKS(n); b++)
+            put(to, where(kept(row, b, drop), get(from, r, n, b, half, 0) * rescale), r, n, b, half);
     }
 }
 
@@ -180,35 +183,35 @@ void dropout(const void *from, void *to, long rows, long n, int half, uint32_t d
 void add_norm(const void *h, const void *x, const void *weight, const void *bias, void *sums, void *to, float *moments,
               long rows, long n, int half_h, int half_w, int half, float epsilon, uint32_t drop, float rescale,
               uint64_t seed) {
-    Floats w[BLOCKS(n)], shift[BLOCKS(n)];
-    load(w, weight, 0, n, half_w, 0);
-    load(shift, bias, 0, n, half_w, 0);
+    long blocks = BLOCKS(n), rest = blocks * LANES - n;
+    Floats w[blocks], shift[blocks];
+    for (long b = 0; b < blocks; b++) {
+        w[b] = get(weight, 0, n, b, half_w, 0);
+        shift[b] = get(bias, 0, n, b, half_w, 0);
+    }
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
-        long blocks = BLOCKS(n), rest = blocks * LANES - n;
-        Floats z[blocks], other[blocks], total = {0}, squares = {0};
+        Floats z[blocks], total = {0}, squares = {0};
         uint64_t row = key(seed, r);
-        load(z, h, r, n, half_h, 0);
-        load(other, x, r, n, half, 0);
         for (long b = 0; b < blocks; b++) {
+            z[b] = get(h, r, n, b, half_h, 0);
             if (drop) z[b] = where(kept(row, b, drop), z[b] * rescale);
-            z[b] += other[b];
+            z[b] += get(x, r, n, b, half, 0);
             total += z[b];
+            if (sums) put(sums, z[b], r, n, b, half);
         }
         float mean = sum(total) / n;
         for (long b = 0; b < blocks; b++) {
-            Floats from_mean = z[b] - mean;
-            squares += from_mean * from_mean;
+            z[b] -= mean;
+            squares += z[b] * z[b];
         }
-        /* what fills up the last block is 0, and so mean² away from the mean */
+        /* what fills up the last block was 0, and is now mean² away from the mean */
         float deviation = 1.0f / sqrtf((sum(squares) - rest * mean * mean) / n + epsilon);
+        for (long b = 0; b < blocks; b++) put(to, z[b] * deviation * w[b] + shift[b], r, n, b, half);
         if (sums) {
-            store(sums, z, r, n, half);
             moments[2 * r] = mean;
             moments[2 * r + 1] = deviation;
         }
-        for (long b = 0; b < blocks; b++) z[b] = (z[b] - mean) * deviation * w[b] + shift[b];
-        store(to, z, r, n, half);
     }
 }
 
@@ -218,7 +221,7 @@ void add_norm_backward(const void *grad, const void *sums, const float *moments,
                        int half_w, int half, uint32_t drop, float rescale, uint64_t seed) {
     long blocks = BLOCKS(n);
     Floats w[blocks];
-    load(w, weight, 0, n, half_w, 0);
+    for (long b = 0; b < blocks; b++) w[b] = get(weight, 0, n, b, half_w, 0);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int thread = 0; thread < threads; thread++) {
         Floats z[blocks], g[blocks], for_weight[blocks], for_bias[blocks];
@@ -228,10 +231,9 @@ void add_norm_backward(const void *grad, const void *sums, const float *moments,
             float mean = moments[2 * r], deviation = moments[2 * r + 1];
             uint64_t row = key(seed, r);
             Floats total = {0}, along = {0};
-            load(z, sums, r, n, half, mean);
-            load(g, grad, r, n, half, 0);
             for (long b = 0; b < blocks; b++) {
-                z[b] = (z[b] - mean) * deviation;
+                z[b] = (get(sums, r, n, b, half, mean) - mean) * deviation;
+                g[b] = get(grad, r, n, b, half, 0);
                 for_weight[b] += g[b] * z[b];
                 for_bias[b] += g[b];
                 g[b] *= w[b];
@@ -239,13 +241,15 @@ void add_norm_backward(const void *grad, const void *sums, const float *moments,
                 along += g[b] * z[b];
             }
             float all = sum(total) / n, slope = sum(along) / n;
-            for (long b = 0; b < blocks; b++) g[b] = (g[b] - all - z[b] * slope) * deviation;
-            store(grad_x, g, r, n, half);
-            for (long b = 0; b < blocks; b++)
-                if (drop) g[b] = where(kept(row, b, drop), g[b] * rescale);
-            store(grad_h, g, r, n, half_h);
+            for (long b = 0; b < blocks; b++) {
+                Floats d = (g[b] - all - z[b] * slope) * deviation;
+                put(grad_x, d, r, n, b, half);
+                put(grad_h, drop ? where(kept(row, b, drop), d * rescale) : d, r, n, b, half_h);
+            }
         }
-        store(grad_weight, for_weight, thread, n, 0);
-        store(grad_bias, for_bias, thread, n, 0);
+        for (long b = 0; b < blocks; b++) {
+            put(grad_weight, for_weight[b], thread, n, b, 0);
+            put(grad_bias, for_bias[b], thread, n, b, 0);
+        }
     }
 }
