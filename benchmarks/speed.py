@@ -106,7 +106,7 @@ def alternate(
             name = f"{who} {precision}"
             runs[name].append(measure(job, who, precision, source, str(folder / f"{name.replace(' ', '-')}.npy")))
             print(
-                f"{job} round {number + 1}/{rounds}: {name} {runs[name][-1]['seconds']:.2f} s",
+                f"{source.stem} round {number + 1}/{rounds}: {name} {runs[name][-1]['seconds']:.2f} s",
                 file=sys.stderr,
                 flush=True,
             )
