@@ -102,8 +102,8 @@ static inline Floats exponential(Floats x) {
     return where(~(y < -126.0f), scaled);
 }
 
-/* A random key for each row (SplitMix64, Steele et al. 2014), and from it a random word for each place (the finaliser
-   of MurmurHash3 with better constants): nothing is drawn in order, so any thread computes any row. */
+/* A random key for each row (SplitMix64, Steele et al. 2014), and from it a random word for each place (MurmurHash3's
+   finaliser with Wellons' constants, lowbias32): nothing is drawn in order, so any thread computes any row. */
 static inline uint64_t key(uint64_t seed, uint64_t r) {
     uint64_t z = seed + (r + 1) * 0x9e3779b97f4a7c15u;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
