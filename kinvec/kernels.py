@@ -49,7 +49,7 @@ ARGUMENTS = {
 def library() -> ctypes.CDLL | None:
     """The compiled `kernels.c`; None where it cannot be compiled. `CC` names a compiler other than `cc`."""
     compiler = shutil.which(os.environ.get("CC") or "cc")
-    openmp = next((pool["filepath"] for pool in threadpool_info() if pool["internal_api"] == "openmp"), None)
+    openmp = _openmp()
     if compiler is None or openmp is None:
         say("no C compiler was found (gcc or clang; CC may name it): on a CPU, training takes a quarter longer without")
         return None
@@ -66,6 +66,13 @@ def library() -> ctypes.CDLL | None:
                 file.write(Path(made._name).read_bytes())
         return made
     return None
+
+
+def _openmp() -> str | None:
+    """The OpenMP library that torch uses; other packages may have loaded theirs before it."""
+    loaded = [pool["filepath"] for pool in threadpool_info() if pool["internal_api"] == "openmp"]
+    own = str(Path(torch.__file__).parent)
+    return min(loaded, key=lambda path: not path.startswith(own), default=None)
 
 
 def _fingerprint(compiler: str, openmp: str) -> str:

@@ -236,8 +236,9 @@ def test_dropouts_backward_is_its_mask(way: str) -> None:
 
 
 @pytest.fixture
-def afresh() -> Iterator[None]:
-    """`library` asked anew, in this test and after it."""
+def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """`library` asked anew, in this test and after it, with an empty cache."""
+    monkeypatch.setenv("KINVEC_CACHE", str(tmp_path / "cache"))
     library.cache_clear()
     yield
     library.cache_clear()
@@ -291,6 +292,13 @@ def test_a_cache_that_cannot_be_written_to_is_no_hindrance(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("KINVEC_CACHE", str(tmp_path / "file"))
     assert library() is not None
+
+
+def test_the_openmp_of_another_package_is_not_taken_for_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = kernels._openmp()
+    loaded = [{"filepath": path, "internal_api": "openmp"} for path in ("/elsewhere/libgomp.so.1", own)]
+    monkeypatch.setattr(kernels, "threadpool_info", lambda: loaded)
+    assert own is not None and kernels._openmp() == own
 
 
 RUNTIMES = "; import threadpoolctl; print(sum('gomp' in p['filepath'] for p in threadpoolctl.threadpool_info()))"

@@ -81,7 +81,7 @@ def test_int8_answers_from_vectors_of_its_own(run: Path) -> None:
     for side in ("base", "tuned"):
         scores = [{answer["id"]: answer["score"] for answer in found[side]} for found in (exact, rounded)]
         assert scores[0].keys() == scores[1].keys() and scores[0] != scores[1]
-        assert all(abs(scores[0][one] - scores[1][one]) < 0.03 for one in scores[0])
+        assert all(abs(scores[0][one] - scores[1][one]) < 0.06 for one in scores[0])  # least cosine of int8: 0.99
     assert verb.search(run, "blood cell protein", k=60) == exact
 
 
