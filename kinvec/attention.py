@@ -3,7 +3,8 @@
 Any Hugging Face model that takes a custom attention function runs on it (`install`). The model's own mask rule
 (causal, bidirectional, sliding window) is taken from transformers, so each family keeps its exact semantics; we only
 ask it about one text at a time. Kernels: `torch.nn.attention.varlen` on CUDA in half precision without dropout;
-everywhere else texts of equal length share one batched matrix product.
+everywhere else texts of equal length share one batched matrix product, and what lies between the products is
+`kernels.softmax`.
 
 Shapes: T = tokens of the pack, H = query heads, K = key/value heads, D = head width; g texts of a run have length L.
 """
@@ -259,7 +260,7 @@ class EqualLengthAttention(torch.autograd.Function):
                 saved += [qs, ks, vs, probs, tanh]
         ctx.save_for_backward(*saved)
         ctx.shapes = q.shape, k.shape, v.shape
-        ctx.pack, ctx.scale, ctx.dropout, ctx.softcap, ctx.groups = pack, scale, dropout, softcap, groups
+        ctx.pack, ctx.scale, ctx.dropout, ctx.groups = pack, scale, dropout, groups
         return out
 
     @staticmethod

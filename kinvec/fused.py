@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kinvec import kernels
-from kinvec.kernels import AddNorm, compiled_for, draw, keep_mask, masked
+from kinvec.kernels import AddNorm, compiled_for, draw, dropped, keep_mask, masked, rescale
 
 
 class FusedProjections:
@@ -83,18 +82,19 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        ctx.chance = draw(p)
+        ctx.p = p
         if compiled_for(x):
-            return kernels.dropped(x, ctx.chance)
+            ctx.chance = draw(p)
+            return dropped(x, ctx.chance)
         keep = keep_mask(x.shape, p, x.device)
         ctx.save_for_backward(keep)
-        return masked(x, keep).mul_(ctx.chance[1])
+        return masked(x, keep).mul_(rescale(p))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         if not ctx.saved_tensors:
-            return kernels.dropped(grad.contiguous(), ctx.chance), None
-        return masked(grad, ctx.saved_tensors[0]).mul_(ctx.chance[1]), None
+            return dropped(grad.contiguous(), ctx.chance), None
+        return masked(grad, ctx.saved_tensors[0]).mul_(rescale(ctx.p)), None
 
 
 class Dropout(nn.Dropout):

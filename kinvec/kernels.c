@@ -21,10 +21,7 @@ static const Words PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 1
 
 static inline Floats where(Ints mask, Floats x) { return (Floats)(mask & (Ints)x); } /* elsewhere +0 */
 
-static inline Floats larger(Floats x, Floats y) {
-    Ints first = x > y;
-    return (Floats)((first & (Ints)x) | (~first & (Ints)y));
-}
+static inline Floats either(Ints mask, Floats x, Floats y) { return (Floats)((mask & (Ints)x) | (~mask & (Ints)y)); }
 
 static inline float largest(Floats x) {
     float most = x[0];
@@ -59,21 +56,20 @@ static inline void copy(void *to, const void *from, long bytes) {
 static inline Floats get(const void *from, long r, long n, long b, int half, float fill) {
     long at = r * n + b * LANES, count = n - b * LANES;
     Floats x;
-    Halves narrow;
+    Halves small;
     if (count >= LANES) {
         if (!half) return memcpy(&x, (const float *)from + at, sizeof x), x;
-        return memcpy(&narrow, (const uint16_t *)from + at, sizeof narrow), widen(narrow);
+        return memcpy(&small, (const uint16_t *)from + at, sizeof small), widen(small);
     }
     if (half) {
-        memset(&narrow, 0, sizeof narrow);
-        copy(&narrow, (const uint16_t *)from + at, 2 * count);
-        x = widen(narrow);
+        memset(&small, 0, sizeof small);
+        copy(&small, (const uint16_t *)from + at, 2 * count);
+        x = widen(small);
     } else {
         memset(&x, 0, sizeof x);
         copy(&x, (const float *)from + at, 4 * count);
     }
-    Ints there = (Ints)(PLACES < (uint32_t)count);
-    return (Floats)((there & (Ints)x) | (~there & (Ints)((Floats){0} + fill)));
+    return either((Ints)(PLACES < (uint32_t)count), x, (Floats){0} + fill);
 }
 
 static inline void put(void *to, Floats x, long r, long n, long b, int half) {
@@ -129,7 +125,7 @@ void softmax(void *scores, void *seen, const void *bias, float scale, long rows,
         for (long b = 0; b < blocks; b++) {
             p[b] = get(scores, r, n, b, half, -INFINITY) * scale;
             if (bias) p[b] += get(bias, r % n, n, b, half, 0);
-            high = larger(p[b], high);
+            high = either(p[b] > high, p[b], high);
         }
         float most = largest(high);
         for (long b = 0; b < blocks; b++) total += p[b] = exponential(p[b] - most);

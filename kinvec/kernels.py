@@ -2,7 +2,7 @@
 
 They are `kernels.c`, compiled at first use for this very processor and kept in the cache. On a GPU, for float64, and
 where there is no C compiler (`library()` is None), torch's operations do the same in several passes; on a CPU a
-training step then takes a quarter longer (docs/experiments.md).
+training step then takes up to a quarter longer (docs/experiments.md).
 
 Shapes: r = rows (texts × heads × queries of a run), L = keys of a row.
 """
@@ -48,11 +48,20 @@ ARGUMENTS = {
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled `kernels.c`; None where it cannot be compiled. `CC` names a compiler other than `cc`."""
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    openmp = _openmp()
-    if compiler is None or openmp is None:
-        say("no C compiler was found (gcc or clang; CC may name it): on a CPU, training takes a quarter longer without")
-        return None
+    compiler, openmp = shutil.which(os.environ.get("CC") or "cc"), _openmp()
+    if compiler is None:
+        why = "no C compiler was found (gcc or clang; CC may name it)"
+    elif openmp is None:
+        why = "this torch uses no OpenMP library"
+    elif found := _kept_or_made(compiler, openmp):
+        return found
+    else:
+        why = f"{compiler} cannot compile {SOURCE.name} here"
+    say(f"{why}: on a CPU, training takes up to a quarter longer without")
+    return None
+
+
+def _kept_or_made(compiler: str, openmp: str) -> ctypes.CDLL | None:
     kept = cache_folder("kernels") / f"{_fingerprint(compiler, openmp)}.so"
     with suppress(OSError):
         if kept.stat().st_uid == os.getuid() and not kept.stat().st_mode & 0o022:
@@ -121,7 +130,12 @@ def _layout(x: Tensor) -> tuple[int, int, bool]:
 def draw(dropout: float) -> tuple[int, float, int]:
     """Below which 32-bit word a number is dropped, what the others are multiplied by, and a seed from torch."""
     seed = int(torch.randint(2**63 - 1, ())) if dropout else 0
-    return round(dropout * 2**32), 1.0 / (1.0 - dropout), seed
+    return round(dropout * 2**32), rescale(dropout), seed
+
+
+def rescale(dropout: float) -> float:
+    """What dropout multiplies the numbers by that it keeps: their expectation stays."""
+    return 1.0 / (1.0 - dropout)
 
 
 def softmax(
@@ -133,19 +147,17 @@ def softmax(
     mask has to be kept); the second has 0 there, and all else is divided by 1 − dropout.
     """
     if compiled_for(scores):
-        rows, width, half = _layout(scores)
         seen = torch.empty_like(scores) if dropout else scores
         added = None if bias is None else bias.data_ptr()
         place = seen.data_ptr() if dropout else None
-        _in_c().softmax(scores.data_ptr(), place, added, scale, rows, width, half, *draw(dropout))
+        _in_c().softmax(scores.data_ptr(), place, added, scale, *_layout(scores), *draw(dropout))
         return scores, seen
     scores = scores.mul_(scale) if bias is None else scores.mul_(scale).add_(bias)
     probs = torch.softmax(scores, -1)
     if not dropout:
         return probs, probs
-    keep = keep_mask(probs.shape, dropout, probs.device)
-    seen = masked(probs, keep).mul_(1.0 / (1.0 - dropout))
-    return torch.where(keep == 0, -probs, probs), seen
+    seen = masked(probs, keep_mask(probs.shape, dropout, probs.device))
+    return probs.neg_().add_(seen, alpha=2), seen.mul_(rescale(dropout))  # 2p − p, or 0 − p: both exact
 
 
 def softmax_backward(
@@ -153,20 +165,18 @@ def softmax_backward(
 ) -> tuple[Float[Tensor, "*r L"], Float[Tensor, "*r L"]]:
     """The gradient for the scores, and `softmax`'s second result once more.
 
-    From its first result and the gradient for its second, which is overwritten.
+    From its first result and the gradient for its second, which may be overwritten.
     """
     if compiled_for(grad):
-        rows, width, half = _layout(grad)
         seen = torch.empty_like(probs) if dropout else probs
         place = seen.data_ptr() if dropout else None
-        rescale = 1.0 / (1.0 - dropout)
-        _in_c().softmax_backward(probs.data_ptr(), grad.data_ptr(), place, scale, rows, width, half, rescale)
+        _in_c().softmax_backward(probs.data_ptr(), grad.data_ptr(), place, scale, *_layout(grad), rescale(dropout))
         return grad, seen
     if not dropout:
         return torch._softmax_backward_data(grad, probs, -1, probs.dtype).mul_(scale), probs
-    rescale = 1.0 / (1.0 - dropout)
-    grad.mul_(rescale).masked_fill_(probs <= 0, 0.0)
-    return torch._softmax_backward_data(grad, probs.abs(), -1, probs.dtype).mul_(scale), probs.relu().mul_(rescale)
+    grad = torch.ops.aten.threshold_backward(grad, probs, 0)  # 0 where one was dropped
+    dscores = torch._softmax_backward_data(grad, probs.abs(), -1, probs.dtype)
+    return dscores.mul_(scale * rescale(dropout)), probs.relu().mul_(rescale(dropout))
 
 
 def dropped(x: Float[Tensor, "*r n"], chance: tuple[int, float, int]) -> Float[Tensor, "*r n"]:
