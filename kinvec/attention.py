@@ -3,8 +3,8 @@
 Any Hugging Face model that takes a custom attention function runs on it (`install`). The model's own mask rule
 (causal, bidirectional, sliding window) is taken from transformers, so each family keeps its exact semantics; we only
 ask it about one text at a time. Kernels: `torch.nn.attention.varlen` on CUDA in half precision without dropout;
-everywhere else texts of equal length share one batched matrix product, and what lies between the products is
-`kernels.softmax`.
+`kernels.Attention` on CPUs that multiply bfloat16 in vectors; everywhere else texts of equal length share one batched
+matrix product, and what lies between the products is `kernels.softmax`.
 
 Shapes: T = tokens of the pack, H = query heads, K = key/value heads, D = head width; g texts of a run have length L.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from kinvec.batching import Pack
 from kinvec.contracts import KinvecError
-from kinvec.kernels import softmax, softmax_backward
+from kinvec.kernels import Attention, attends, softmax, softmax_backward
 
 IMPLEMENTATION = "kinvec_packed"
 _PACK: ContextVar[Pack | None] = ContextVar("pack", default=None)
@@ -58,7 +59,7 @@ class TextMask:
         return self.rule(zero, zero, place[:, None], place[None, :]).expand(length, length)
 
     def bias(self, start: int, length: int, like: Tensor) -> Float[Tensor, "L L"] | None:
-        """What to add to the scores; None where every token sees every other. The rule depends on distances alone."""
+        """What to add to the scores; None where every token sees every other. Within a text distances alone decide."""
         key = (length, like.dtype)
         if key not in self._biases:
             allowed = self.allowed(start, length, like.device)
@@ -137,6 +138,10 @@ def packed_attention(
     if _varlen_fits(q, dropout, softcap):
         return _varlen(q, k, v, pack, attention_mask, scale)[None], None
     mask = attention_mask or TextMask(lambda b, h, i, j: (i >= 0) & (j >= 0))
+    if softcap is None and attends(q, v, max(pack.lengths)):
+        firsts = accumulate((texts * length for texts, length in pack.runs), initial=0)
+        biases = [mask.bias(first, length, q) for first, (_, length) in zip(firsts, pack.runs, strict=False)]
+        return Attention.apply(q, k, v, pack.runs, biases, scale, dropout)[None], None
     # In training also without gradients: a chunk that is embedded twice must give the same bits both times.
     if module.training or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return EqualLengthAttention.apply(q, k, v, pack, mask, scale, dropout, softcap)[None], None

@@ -1,8 +1,8 @@
-"""What lies between a model's products, in one pass over memory: softmax with dropout, sum with norm; on CPUs.
+"""Attention in bfloat16, and what lies between a model's products in one pass over memory; on CPUs.
 
-They are `kernels.c`, compiled at first use for this very processor and kept in the cache. On a GPU, for float64, and
-where there is no C compiler (`library()` is None), torch's operations do the same in several passes; on a CPU a
-training step then takes up to a quarter longer (docs/experiments.md).
+They are the C files of `csrc`, compiled at first use for this very processor and kept in the cache. On a GPU, for
+float64, and where there is no C compiler (`library()` is None), torch's operations do the same in several passes; on a
+CPU a training step then takes up to a quarter longer (docs/experiments.md).
 
 Shapes: r = rows (texts × heads × queries of a run), L = keys of a row.
 """
@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from ctypes import c_float, c_int, c_long, c_uint32, c_uint64, c_void_p
 from functools import cache
@@ -32,7 +33,7 @@ from kinvec.console import say
 from kinvec.files import cache_folder
 from kinvec.files.writing import replacing
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = sorted(Path(__file__).with_name("csrc").iterdir())
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
 SECONDS = 60  # a compiler that takes longer is given up
 ROWS, CHANCE = (c_long, c_long, c_int), (c_uint32, c_float, c_uint64)  # rows, width, half; `draw`
@@ -40,6 +41,8 @@ ARGUMENTS = {
     "softmax": (*3 * [c_void_p], c_float, *ROWS, *CHANCE),
     "softmax_backward": (*3 * [c_void_p], c_float, *ROWS, c_float),
     "dropout": (*2 * [c_void_p], *ROWS, *CHANCE),
+    "attention": (*7 * [c_void_p],),
+    "attention_backward": (*11 * [c_void_p],),
     "add_norm": (*7 * [c_void_p], *ROWS, c_int, c_int, c_float, *CHANCE),
     "add_norm_backward": (*8 * [c_void_p], c_int, *ROWS, c_int, c_int, *CHANCE),
 }
@@ -47,7 +50,7 @@ ARGUMENTS = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled `kernels.c`; None where it cannot be compiled. `CC` names a compiler other than `cc`."""
+    """The compiled C files of `csrc`; None where it cannot be compiled. `CC` names a compiler other than `cc`."""
     compiler, openmp = shutil.which(os.environ.get("CC") or "cc"), _openmp()
     if compiler is None:
         why = "no C compiler was found (gcc or clang; CC may name it)"
@@ -56,7 +59,7 @@ def library() -> ctypes.CDLL | None:
     elif found := _kept_or_made(compiler, openmp):
         return found
     else:
-        why = f"{compiler} cannot compile {SOURCE.name} here"
+        why = f"{compiler} cannot compile kinvec/csrc here"
     say(f"{why}: on a CPU, training takes up to a quarter longer without")
     return None
 
@@ -90,15 +93,16 @@ def _fingerprint(compiler: str, openmp: str) -> str:
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line for line in lines if line.startswith(("flags", "Features")))
-    parts = (SOURCE.read_text(), *FLAGS, compiler, openmp, processor)
+    parts = (*(source.read_text() for source in SOURCES), *FLAGS, compiler, openmp, processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _compile(compiler: str, openmp: str, folder: Path) -> Path:
     """In two steps, so that it is linked with the OpenMP that torch uses: a second one would fight for the cores."""
-    parts, whole = folder / "kernels.o", folder / "kernels.so"
-    for command in ([*FLAGS, "-c", str(SOURCE), "-o", str(parts)], ["-shared", str(parts), openmp, "-o", str(whole)]):
-        subprocess.run([compiler, *command], check=True, capture_output=True, timeout=SECONDS)
+    sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+    parts, whole = [Path(source).with_suffix(".o").name for source in sources], folder / "kernels.so"
+    for command in ([*FLAGS, "-c", *sources], ["-shared", *parts, openmp, "-lm", "-o", str(whole)]):
+        subprocess.run([compiler, *command], check=True, capture_output=True, timeout=SECONDS, cwd=folder)
     return whole
 
 
@@ -216,6 +220,79 @@ def masked(x: Float[Tensor, "..."], keep: Int[Tensor, "..."]) -> Float[Tensor, "
     """The numbers of x where `keep` is all ones, +0 where it is zero, by the bits of both."""
     word = WORDS[x.element_size()]
     return torch.bitwise_and(x.view(word), keep.to(word)).view(x.dtype)
+
+
+LONGEST = 2048  # tokens whose scores fit into the cache, for eight queries
+HELD = 2**17  # numbers of keys and values that do, and that fit on the stack of a thread
+
+
+def attends(q: Float[Tensor, "T H D"], v: Float[Tensor, "T K V"], longest: int) -> bool:
+    """Whether `attend` is there for the processor and can take these heads, in texts of up to `longest` tokens."""
+    width, values = q.shape[-1], v.shape[-1]
+    fits = longest <= LONGEST and longest * (width + values) <= HELD and width % 2 == values % 2 == 0
+    here = q.device.type == "cpu" and q.dtype == torch.bfloat16 and library() is not None
+    return fits and here and bool(_in_c().multiplies())
+
+
+class Run(ctypes.Structure):
+    """Texts of one length within a pack, how their heads lie, and `draw`: `Run` of attention.c."""
+
+    _fields_ = [
+        *((name, c_long) for name in ("first", "texts", "length", "heads", "groups", "width", "values")),
+        *((f"{name}_{step}", c_long) for name in "qkv" for step in ("token", "head")),
+        ("scale", c_float), ("rescale", c_float), ("drop", c_uint32), ("seed", c_uint64),
+    ]  # fmt: skip
+
+
+def _runs(q: Tensor, k: Tensor, v: Tensor, how: Any) -> Iterator[tuple[int | None, Any]]:
+    """For each run where its bias lies, and the run itself."""
+    (_, heads, width), (_, others, values) = q.shape, v.shape
+    steps = [step for x in (q, k, v) for step in x.stride()[:2]]
+    runs, biases, scale, (drop, factor, seed) = how
+    first = 0
+    for (texts, length), bias in zip(runs, biases, strict=True):
+        run = Run(first, texts, length, heads, heads // others, width, values, *steps, scale, factor, drop, seed)
+        yield None if bias is None else bias.data_ptr(), ctypes.byref(run)
+        first += texts * length
+
+
+class Attention(torch.autograd.Function):
+    """Attention within the texts of a pack where it `attends`; after FlashAttention (Dao et al. 2022).
+
+    For the backward pass it keeps, instead of probabilities, the logarithm of each row's sum of exponentials.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913 - autograd hands its arguments over one by one
+        ctx: Any,
+        q: Float[Tensor, "T H D"],
+        k: Float[Tensor, "T K D"],
+        v: Float[Tensor, "T K V"],
+        runs: Sequence[tuple[int, int]],
+        biases: Sequence[Tensor | None],
+        scale: float,
+        dropout: float,
+    ) -> Float[Tensor, "T H V"]:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out, sums = q.new_empty(*q.shape[:2], v.shape[-1]), torch.empty(q.shape[:2])
+        ctx.how = (runs, biases, scale, draw(dropout))
+        places = [x.data_ptr() for x in (q, k, v, out, sums)]
+        for bias, run in _runs(q, k, v, ctx.how):
+            _in_c().attention(*places, bias, run)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "T H V"]) -> Any:
+        q, k, v, out, sums = ctx.saved_tensors
+        runs, biases, scale, chance = ctx.how
+        turned = [bias if bias is None else bias.t().contiguous() for bias in biases]
+        grads = [x.new_empty(x.shape) for x in (q, k, v)]
+        given = (q, k, v, out, sums, grad.contiguous(), *grads)
+        places = [x.data_ptr() for x in given]
+        for bias, run in _runs(q, k, v, (runs, turned, scale, chance)):
+            _in_c().attention_backward(*places, bias, run)
+        return *grads, None, None, None, None
 
 
 class AddNorm(torch.autograd.Function):

@@ -278,7 +278,7 @@ def test_a_kept_file_that_is_damaged_or_open_to_others_is_made_anew(afresh: None
     ("compiler", "openmp", "why"),
     [
         ("no-such-compiler", "libgomp.so.1", "no C compiler was found"),
-        ("false", "libgomp.so.1", "cannot compile kernels.c here"),
+        ("false", "libgomp.so.1", "cannot compile kinvec/csrc here"),
         ("cc", None, "this torch uses no OpenMP library"),
     ],
 )

@@ -1,119 +1,7 @@
-/* Rows of numbers, bfloat16 or float32, in one pass over memory: softmax with dropout, LayerNorm of a sum, dropout.
+/* What lies between a model's products, in one pass over memory: softmax with dropout, LayerNorm of a sum, dropout.
+   kernels.py says what each function computes. */
 
-   Written with the vector types of GCC and Clang, so it becomes AVX-512, AVX2 or NEON code as the processor has it.
-   kernels.py compiles this file at first use and says what each function computes. Arithmetic is in float32. */
-
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-enum { LANES = 16 };
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef float Eight __attribute__((vector_size(32)));
-typedef float Four __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-#define BLOCKS(n) (((n) + LANES - 1) / LANES)
-
-static const Words PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-static inline Floats where(Ints mask, Floats x) { return (Floats)(mask & (Ints)x); } /* elsewhere +0 */
-
-static inline Floats either(Ints mask, Floats x, Floats y) { return (Floats)((mask & (Ints)x) | (~mask & (Ints)y)); }
-
-static inline float largest(Floats x) {
-    float most = x[0];
-    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
-    return most;
-}
-
-static inline float sum(Floats x) {
-    union { Floats whole; Eight half[2]; } a = {x};
-    union { Eight whole; Four half[2]; } b = {a.half[0] + a.half[1]};
-    Four c = b.half[0] + b.half[1];
-    return (c[0] + c[1]) + (c[2] + c[3]);
-}
-
-static inline Floats widen(Halves x) { return (Floats)(__builtin_convertvector(x, Words) << 16); }
-
-static inline Halves narrow(Floats x) { /* to the nearest, ties to even */
-    Words bits = (Words)x;
-    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
-}
-
-/* Fewer than 64 bytes, as moves of fixed sizes. */
-static inline void copy(void *to, const void *from, long bytes) {
-    char *t = to;
-    const char *f = from;
-#define MOVE(size) if (bytes & size) { memcpy(t, f, size); t += size; f += size; }
-    MOVE(32) MOVE(16) MOVE(8) MOVE(4) MOVE(2)
-#undef MOVE
-}
-
-/* Block b of row r of a matrix of width n; what the row's last block lacks is `fill`. */
-static inline Floats get(const void *from, long r, long n, long b, int half, float fill) {
-    long at = r * n + b * LANES, count = n - b * LANES;
-    Floats x;
-    Halves small;
-    if (count >= LANES) {
-        if (!half) return memcpy(&x, (const float *)from + at, sizeof x), x;
-        return memcpy(&small, (const uint16_t *)from + at, sizeof small), widen(small);
-    }
-    if (half) {
-        memset(&small, 0, sizeof small);
-        copy(&small, (const uint16_t *)from + at, 2 * count);
-        x = widen(small);
-    } else {
-        memset(&x, 0, sizeof x);
-        copy(&x, (const float *)from + at, 4 * count);
-    }
-    return either((Ints)(PLACES < (uint32_t)count), x, (Floats){0} + fill);
-}
-
-static inline void put(void *to, Floats x, long r, long n, long b, int half) {
-    long at = r * n + b * LANES, count = n - b * LANES;
-    Halves small;
-    if (half) small = narrow(x);
-    if (count >= LANES) {
-        if (half) memcpy((uint16_t *)to + at, &small, sizeof small);
-        else memcpy((float *)to + at, &x, sizeof x);
-    } else if (half) copy((uint16_t *)to + at, &small, 2 * count);
-    else copy((float *)to + at, &x, 4 * count);
-}
-
-/* exp for x ≤ 0, to two units in the last place: 2^whole times a polynomial in the rest; what underflows is 0. */
-static inline Floats exponential(Floats x) {
-    Floats y = x * 1.44269504f;
-    Floats whole = (y + 12582912.0f) - 12582912.0f; /* 1.5 · 2^23: what is added and taken away rounds */
-    Floats f = y - whole;
-    Floats p = f * 1.54035304e-4f + 1.33335581e-3f;
-    p = p * f + 9.61812911e-3f;
-    p = p * f + 5.55041087e-2f;
-    p = p * f + 2.40226507e-1f;
-    p = p * f + 6.93147181e-1f;
-    p = p * f + 1.0f;
-    Floats scaled = p * (Floats)((__builtin_convertvector(whole, Ints) + 127) << 23);
-    return where(~(y < -126.0f), scaled);
-}
-
-/* A random key for each row (SplitMix64, Steele et al. 2014), and from it a random word for each place (MurmurHash3's
-   finaliser with Wellons' constants, lowbias32): nothing is drawn in order, so any thread computes any row. */
-static inline uint64_t key(uint64_t seed, uint64_t r) {
-    uint64_t z = seed + (r + 1) * 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
-static inline Ints kept(uint64_t key, long block, uint32_t drop) {
-    Words x = (PLACES + (uint32_t)(block * LANES)) * 0x9e3779b9u + (uint32_t)key;
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x ^= (uint32_t)(key >> 32);
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    return (Ints)((x ^ (x >> 16)) >= drop);
-}
+#include "rows.h"
 
 /* scores → probabilities, in place; with `seen`, those that dropout drops get a minus sign, and `seen` the others × rescale. */
 void softmax(void *scores, void *seen, const void *bias, float scale, long rows, long n, int half, uint32_t drop,
@@ -125,7 +13,7 @@ void softmax(void *scores, void *seen, const void *bias, float scale, long rows,
         for (long b = 0; b < blocks; b++) {
             p[b] = get(scores, r, n, b, half, -INFINITY) * scale;
             if (bias) p[b] += get(bias, r % n, n, b, half, 0);
-            high = either(p[b] > high, p[b], high);
+            high = larger(p[b], high);
         }
         float most = largest(high);
         for (long b = 0; b < blocks; b++) total += p[b] = exponential(p[b] - most);
