@@ -33,8 +33,8 @@ from kinvec.console import say
 from kinvec.files import cache_folder
 from kinvec.files.writing import replacing
 
-SOURCES = sorted(Path(__file__).with_name("csrc").iterdir())
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
+SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-strict-aliasing")
 SECONDS = 60  # a compiler that takes longer is given up
 ROWS, CHANCE = (c_long, c_long, c_int), (c_uint32, c_float, c_uint64)  # rows, width, half; `draw`
 ARGUMENTS = {
