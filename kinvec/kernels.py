@@ -227,7 +227,7 @@ HELD = 2**17  # numbers of keys and values that do, and that fit on the stack of
 
 
 def attends(q: Float[Tensor, "T H D"], v: Float[Tensor, "T K V"], longest: int) -> bool:
-    """Whether `attend` is there for the processor and can take these heads, in texts of up to `longest` tokens."""
+    """Whether `Attention` is there for the processor and can take these heads, in texts of up to `longest` tokens."""
     width, values = q.shape[-1], v.shape[-1]
     fits = longest <= LONGEST and longest * (width + values) <= HELD and width % 2 == values % 2 == 0
     here = q.device.type == "cpu" and q.dtype == torch.bfloat16 and library() is not None
@@ -274,9 +274,11 @@ class Attention(torch.autograd.Function):
         dropout: float,
     ) -> Float[Tensor, "T H V"]:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out, sums = q.new_empty(*q.shape[:2], v.shape[-1]), torch.empty(q.shape[:2])
+        out, sums = q.new_empty(*q.shape[:2], v.shape[-1]), None
+        if any(ctx.needs_input_grad):
+            sums = torch.empty(q.shape[:2])
         ctx.how = (runs, biases, scale, draw(dropout))
-        places = [x.data_ptr() for x in (q, k, v, out, sums)]
+        places = [None if x is None else x.data_ptr() for x in (q, k, v, out, sums)]
         for bias, run in _runs(q, k, v, ctx.how):
             _in_c().attention(*places, bias, run)
         ctx.save_for_backward(q, k, v, out, sums)

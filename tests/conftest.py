@@ -193,3 +193,14 @@ def one_thread() -> Iterator[None]:
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrow copies of data go to a folder of the test run, never to the user's cache."""
     monkeypatch.setenv("KINVEC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """`kernels.library` asked anew, in this test and after it, with an empty cache."""
+    from kinvec.kernels import library
+
+    monkeypatch.setenv("KINVEC_CACHE", str(tmp_path / "cache"))
+    library.cache_clear()
+    yield
+    library.cache_clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -53,6 +53,16 @@ def assert_near(found: Tensor | None, expected: Tensor | None) -> None:
     assert error < 0.006 and (found.double() - expected).abs().max() < 0.015 * expected.abs().max()
 
 
+def assert_near_with_gradients(out: Tensor, single: list[Tensor], expected: Tensor, exact: list[Tensor]) -> None:
+    """A result and what it gives its inputs, in bfloat16 and in float64."""
+    assert_near(out, expected)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out.backward(grad)
+    expected.backward(grad.double())
+    for x, y in zip(single, exact, strict=True):
+        assert_near(x.grad, y.grad)
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("sizes", HEADS)
 def test_it_and_its_gradients_are_those_of_float64(sizes: tuple[int, int, int, int], mask: str) -> None:
@@ -60,12 +70,7 @@ def test_it_and_its_gradients_are_those_of_float64(sizes: tuple[int, int, int, i
     exact = [x.detach().double().requires_grad_() for x in single]
     out = attend(single, RUNS, text_mask(mask))
     expected = EqualLengthAttention.apply(*exact, pack_of(RUNS), text_mask(mask), SCALE, 0.0, None)
-    assert_near(out, expected)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    out.backward(grad)
-    expected.backward(grad.double())
-    for x, y in zip(single, exact, strict=True):
-        assert_near(x.grad, y.grad)
+    assert_near_with_gradients(out, single, expected, exact)
 
 
 def test_a_text_is_alone_and_threads_change_no_bit() -> None:
@@ -117,12 +122,7 @@ def test_what_dropout_drops_is_dropped_in_the_gradients_too(rate: float) -> None
     qs, ks, vs = map(by_text, exact)
     probs = torch.softmax(qs @ ks.transpose(-1, -2) * SCALE, -1) * keep / (1 - rate)
     expected = (probs @ vs).transpose(1, 2).reshape(out.shape)
-    assert_near(out, expected)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    out.backward(grad)
-    expected.backward(grad.double())
-    for x, y in zip(single, exact, strict=True):
-        assert_near(x.grad, y.grad)
+    assert_near_with_gradients(out, single, expected, exact)
 
 
 def test_a_saved_random_state_drops_the_same_places() -> None:
@@ -159,7 +159,6 @@ def test_a_layer_takes_it(training: bool, monkeypatch: pytest.MonkeyPatch) -> No
     """In training and encoding alike: the same bits; elsewhere what torch computes."""
     q, k, v = (x.transpose(0, 1)[None] for x in projections(RUNS, HEADS[1]))
     layer, taken = torch.nn.Module().train(training), []
-    monkeypatch.setattr(kernels, "attends", lambda *_: True)
     for there in (True, False):
         monkeypatch.setattr("kinvec.attention.attends", lambda *_, there=there: there)
         with torch.no_grad(), in_pack(pack_of(RUNS)):
@@ -167,15 +166,6 @@ def test_a_layer_takes_it(training: bool, monkeypatch: pytest.MonkeyPatch) -> No
     parts = [x[0].transpose(0, 1) for x in (q, k, v)]
     assert torch.equal(taken[0], attend(parts, RUNS, text_mask("causal")))
     assert_near(taken[1], taken[0].double())
-
-
-@pytest.fixture
-def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
-    """`library` asked anew, in this test and after it, with an empty cache."""
-    monkeypatch.setenv("KINVEC_CACHE", str(tmp_path / "cache"))
-    library.cache_clear()
-    yield
-    library.cache_clear()
 
 
 def test_processors_without_these_products_compute_the_same(monkeypatch: pytest.MonkeyPatch, afresh: None) -> None:

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -233,15 +232,6 @@ def test_dropouts_backward_is_its_mask(way: str) -> None:
 
 
 # ---- compiled, kept, or done without ----
-
-
-@pytest.fixture
-def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """`library` asked anew, in this test and after it, with an empty cache."""
-    monkeypatch.setenv("KINVEC_CACHE", str(tmp_path / "cache"))
-    library.cache_clear()
-    yield
-    library.cache_clear()
 
 
 def compiled_files() -> list[Path]:

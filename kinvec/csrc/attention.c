@@ -112,7 +112,8 @@ static inline void finish_scores(Tile *scores, long r, const uint16_t *bias, con
     }
 }
 
-/* One head of one text: keys `as_columns`, values `as_pairs`. `sums` takes the logarithm of each row's exponentials. */
+/* One head of one text: keys `as_columns`, values `as_pairs`. `sums`, where gradients will be asked for, takes the
+   logarithm of each row's exponentials. */
 static void head_forward(const uint16_t *q, const uint32_t *keys, const uint32_t *values, uint16_t *out, float *sums,
                          const uint16_t *bias, const Run *run, uint64_t head) {
     long n = run->length, blocks = wide(n), pairs = run->width / 2, token = run->heads * run->values;
@@ -159,7 +160,7 @@ void attention(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t
         as_pairs(values, v + token * run->v_token + other * run->v_head, run->v_token, n, run->values);
         for (long h = other * run->groups; h < (other + 1) * run->groups; h++) {
             long head = token * run->heads + h;
-            head_forward(q + token * run->q_token + h * run->q_head, keys, values, out + head * run->values, 
+            head_forward(q + token * run->q_token + h * run->q_head, keys, values, out + head * run->values,
                          sums ? sums + head : NULL, bias, run, head);
         }
     }
