@@ -48,6 +48,11 @@ class LoraSettings(Settings):
             )
         return value
 
+    @property
+    def few_bits(self) -> bool:
+        """Whether the frozen weights are codes (`FewBits`) instead of numbers."""
+        return self.base in ("int8", "nf4")
+
 
 def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
     """Put adapters on and freeze the rest. Raises `KinvecError` when a target names no layer of the model."""

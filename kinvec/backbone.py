@@ -25,7 +25,7 @@ from kinvec.attention import install, packed, recomputing, set_direction
 from kinvec.batching import Pack, lay, pack
 from kinvec.console import say
 from kinvec.contracts import KinvecError
-from kinvec.fused import fuse_output_blocks, fuse_projections
+from kinvec.fused import fuse_biases, fuse_output_blocks, fuse_projections
 from kinvec.int8 import quantise
 from kinvec.machine import multiplies_bf16
 from kinvec.published import has_own_code, needs_own_code, open_config, reading, weight_files
@@ -227,6 +227,7 @@ class Backbone(nn.Module):
         offset = config.model_type in POSITIONS_AFTER_PADDING
         self.first_position = int(config.pad_token_id) + 1 if offset and config.pad_token_id is not None else 0
         self.native = str(config._attn_implementation)
+        fuse_biases(model)
         fuse_output_blocks(model)
         self._choose_way()
 

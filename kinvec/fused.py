@@ -1,4 +1,4 @@
-"""What a model computes in one piece instead of several: projections of the same input, and passes over memory.
+"""What a model computes in one piece instead of several: projections of the same input, biases, passes over memory.
 
 No weight changes its place or name, and no layer that carries an adapter is fused.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kinvec.kernels import AddNorm, compiled_for, draw, dropped, keep_mask, masked, rescale
+from kinvec.products import linear
 
 
 class FusedProjections:
@@ -41,7 +42,7 @@ def joined(layers: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
     def product(x: Tensor) -> Tensor:
         weight = torch.cat([*(layer.weight for layer in layers)])
         biases: tuple[Tensor, ...] = tuple(filter(torch.is_tensor, (layer.bias for layer in layers)))
-        return nn.functional.linear(x, weight, torch.cat(biases) if biases else None)
+        return linear(x, weight, torch.cat(biases) if biases else None)
 
     return product
 
@@ -146,6 +147,17 @@ def fuse_output_blocks(model: nn.Module) -> None:
     for module in list(model.modules()):
         if _is_output_block(module) and _normalises_last(module):
             module.forward = MethodType(_add_norm, module)
+
+
+def _linear(layer: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
+    return linear(input, layer.weight, layer.bias)
+
+
+def fuse_biases(model: nn.Module) -> None:
+    """Have every plain linear layer add its bias within its product."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
 
 
 def replace_dropout(model: nn.Module) -> None:

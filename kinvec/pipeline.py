@@ -175,7 +175,7 @@ def open_model(recipe: Recipe) -> Embedder:
         embedder.head.append(Normalize())  # trained by cosine: say so in the folder, so that no reader forgets it
     if recipe.lora.base == "bf16" and embedder.precision != "bf16":
         raise RecipeError("lora.base=bf16 needs bf16 arithmetic, and this run's is fp32; set precision=bf16")
-    if recipe.lora.base in ("int8", "nf4") and recipe.trainer.shard:
+    if recipe.lora.few_bits and recipe.trainer.shard:
         raise RecipeError(f"trainer.shard spreads no base in {recipe.lora.base}; leave one of the two out")
     if recipe.lora.base != "fp32" and embedder.precision == "bf16":
         round_weights(embedder.backbone)
@@ -403,7 +403,7 @@ def _adapt(recipe: Recipe, data: RunData, embedder: Embedder) -> None:
         device = embedder.device
         with unrounded(embedder):
             add_lora(embedder.backbone, recipe.lora)
-            if recipe.lora.base in ("int8", "nf4"):
+            if recipe.lora.few_bits:
                 shorten(embedder.backbone, recipe.lora.base, device)
 
 

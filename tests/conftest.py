@@ -59,6 +59,12 @@ def minilm_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT as a plain Hugging Face folder."""
+    return save_plain("bert", tmp_path_factory.mktemp("plain") / "bert", "bert", max_length=48)
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT of two layers as a model folder saved by kinvec, with dropout 0.1 as real ones have it."""
     from kinvec import Embedder

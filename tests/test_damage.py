@@ -352,7 +352,7 @@ def test_a_clock_that_jumps_changes_nothing(
     assert json.loads((tmp_path / "jumping" / "run" / "training.json").read_text())["seconds"] >= 0
 
 
-@pytest.mark.parametrize("verb", VERBS[1:])  # train: test_trainer.py
+@pytest.mark.parametrize("verb", VERBS[1:])  # train: test_train_command.py
 def test_sigterm_ends_every_verb_with_one_sentence_and_the_same_command_goes_on(
     verb: str, commands: dict[str, list[str]], tmp_path: Path
 ) -> None:

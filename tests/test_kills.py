@@ -21,7 +21,7 @@ def test_nothing_is_lost_or_half_valid(verb: str, works: tuple[Path, dict[str, k
     place, work = works[0] / verb.replace(" ", "-"), works[1][verb]
     usual = kills.undisturbed(work, place / "whole")
     cases = []
-    while kills.count(cases) < (1 if verb == "train" else 2):  # test_trainer.py kills it, too
+    while kills.count(cases) < (1 if verb == "train" else 2):  # test_train_command.py kills it, too
         cases.append(kills.run_case(work, verb, len(cases), 0, place / "whole", usual))
         assert cases[-1]["lost"] == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,15 +43,12 @@ def embed(
     from kinvec.console import say
     from kinvec.contracts import RecipeError
     from kinvec.encoders import each, open_encoder
-    from kinvec.files import read_documents, read_judgements, read_queries, vectors
+    from kinvec.files import read_judgements, vectors
     from kinvec.machine import set_threads
 
     if layout not in LAYOUTS:
         raise RecipeError(f"layout '{layout}' is unknown; known are {' and '.join(LAYOUTS)}")
-    given = {"query": (queries, read_queries), "doc": (docs, read_documents)}
-    sources = {side: (source, read) for side, (source, read) in given.items() if source is not None}
-    if not sources:
-        raise RecipeError("there is nothing to embed; add --queries FILE, --docs FILE or both")
+    sources = _sources(queries, docs)
     form = _form(stored, dimensions, docs, layout)
     folder = Path(out)
     vectors.refuse_foreign(folder)
@@ -87,6 +84,21 @@ def embed(
 
 
 LAYOUTS = ("kinvec", "nemo")
+
+
+Source = tuple[str | Path, Callable[..., Iterator[tuple[str, str]]]]
+
+
+def _sources(queries: str | Path | None, docs: str | Path | None) -> dict[str, Source]:
+    """What is to be embedded, and what reads it as ids and texts, by side."""
+    from kinvec.contracts import RecipeError
+    from kinvec.files import read_documents, read_queries
+
+    given = {"query": (queries, read_queries), "doc": (docs, read_documents)}
+    found = {side: (source, read) for side, (source, read) in given.items() if source is not None}
+    if not found:
+        raise RecipeError("there is nothing to embed; add --queries FILE, --docs FILE or both")
+    return found
 
 
 def _form(stored: str, dimensions: int | None, docs: str | Path | None, layout: str) -> dict[str, Any]:
