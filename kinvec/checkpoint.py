@@ -149,13 +149,11 @@ def write_state(folder: Path, state: Mapping[str, Any], spread: bool = False) ->
 
 
 def steps(folder: Path) -> Iterator[tuple[int, Path]]:
-    """The valid checkpoints of a folder, oldest first; leftovers of a killed save are removed."""
+    """The valid checkpoints of a folder, oldest first; what is half-written is another's, and left alone."""
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".step-"):
-            shutil.rmtree(path, ignore_errors=True)
-        elif re.fullmatch(r"step-\d{1,18}", path.name) and (path / MANIFEST).is_file():
+        if re.fullmatch(r"step-\d{1,18}", path.name) and (path / MANIFEST).is_file():
             yield int(path.name.removeprefix("step-")), path
 
 

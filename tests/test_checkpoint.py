@@ -80,16 +80,24 @@ def test_no_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "nowhere") is None and checkpoint.latest(tmp_path) is None
 
 
-def test_what_a_killed_save_leaves_is_ignored_and_removed(tmp_path: Path) -> None:
+def test_what_a_killed_save_leaves_is_ignored_and_replaced(tmp_path: Path) -> None:
     good = save(tmp_path, 4)
     shutil.copytree(good, tmp_path / ".step-00000006.tmp")  # killed before the rename
     (tmp_path / ".step-00000006.tmp" / "manifest.json").unlink()
     shutil.copytree(good, tmp_path / "step-00000008")  # killed while it was deleted
     (tmp_path / "step-00000008" / "manifest.json").unlink()
     assert checkpoint.latest(tmp_path) == good
-    assert not (tmp_path / ".step-00000006.tmp").exists()
     save(tmp_path, 6)
     assert [step for step, _ in checkpoint.steps(tmp_path)] == [6]
+    assert not (tmp_path / ".step-00000006.tmp").exists()
+
+
+def test_looking_for_checkpoints_leaves_the_one_that_another_process_writes(tmp_path: Path) -> None:
+    """Of several processes one may look for those before the next, while rank 0 still sums the files of this one."""
+    good = save(tmp_path, 4)
+    half = shutil.copytree(good, tmp_path / ".step-00000006.tmp")
+    assert list(checkpoint.steps(tmp_path)) == [(4, good)] and checkpoint.latest(tmp_path) == good
+    assert sorted(os.listdir(half)) == sorted(os.listdir(good))
 
 
 @pytest.mark.parametrize("where", ["tensors", "manifest", "rename"])

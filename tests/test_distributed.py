@@ -145,6 +145,7 @@ def test_texts_are_dealt_once_and_evenly(lengths: list[int], budget: int, world:
 # ---- whole runs ----
 
 STEPS, SAVED = 12, 3
+KEPT = 2 * SAVED + 1  # steps after which the first checkpoint is on the disk: the next one waits for it
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_a_process_killed_stops_all_and_the_same_command_goes_on(tmp_path: Path,
     finished(ranks.command(2, [*recipe, f"out={tmp_path / 'whole'}"], tmp_path / "said"))
     broken = tmp_path / "broken"
     started = ranks.command(2, [*recipe, f"out={broken}"], tmp_path / "said")
-    assert started[0].wait_for(broken / "log.jsonl", SAVED + 2), started[0].said
+    assert started[0].wait_for(broken / "log.jsonl", KEPT), started[0].said
     started[1].kill()
     assert started[0].wait() != 0, "it waits for ever for the one that is gone"
     kept = sorted(path.name for path in (broken / "checkpoints").iterdir() if path.name.startswith("step-"))
@@ -211,7 +212,7 @@ def test_a_checkpoint_is_resumed_by_another_number_of_processes(
     recipe = [*recipe, f"trainer.shard={shard}", "trainer.dropout=0"]
     run = tmp_path / "run"
     started = ranks.command(before, [*recipe, f"out={run}"], tmp_path / "said")
-    assert started[0].wait_for(run / "log.jsonl", SAVED + 2), started[0].said
+    assert started[0].wait_for(run / "log.jsonl", KEPT), started[0].said
     for one in started:
         one.kill()
     finished(ranks.command(after, [*recipe, f"out={run}"], tmp_path / "said"))
@@ -230,7 +231,7 @@ def test_torchrun_starts_again_when_a_process_is_killed(tmp_path: Path, recipe: 
         launcher = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
     log, killed = run / "log.jsonl", False
     while launcher.poll() is None:
-        if not killed and log.exists() and log.read_bytes().count(b"\n") >= SAVED + 2:
+        if not killed and log.exists() and log.read_bytes().count(b"\n") >= KEPT:
             workers = psutil.Process(launcher.pid).children()
             workers[-1].kill()
             killed = True
