@@ -264,6 +264,18 @@ def scatter_gradients(module: nn.Module, now: bool) -> None:
         module.set_requires_gradient_sync(now)
 
 
+def let_go(module: nn.Module) -> None:
+    """Let go of weights that a forward pass has gathered and no backward pass has spread again.
+
+    Until then the module's parameters are the gathered ones, of which an optimizer knows nothing.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def gather(spread_out: nn.Module, into: nn.Module) -> None:
     """Copy the weights of a spread module into the one that it was made from, on every process."""
     with torch.no_grad():

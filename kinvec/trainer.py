@@ -410,6 +410,7 @@ def _evaluate(embedder: Embedder, evaluate: Evaluate, state: Progress, keep: int
     """Dev metrics, with the random state put back, so that evaluating more often trains the same model."""
     random_state = torch.get_rng_state()
     metrics = distributed.led(partial(evaluate, embedder), embedder)
+    distributed.let_go(embedder)
     torch.set_rng_state(random_state)
     embedder.train()
     score = next(iter(metrics.values()))

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_trainer import log_of, source_of
 from tiny_models import WORDS
 
-from kinvec import distributed
+from kinvec import checkpoint, distributed
 from kinvec.adapters import LoraSettings, add_lora
 from kinvec.backbone import trainable
 from kinvec.batching import deal, join
@@ -192,6 +192,8 @@ def test_a_process_killed_stops_all_and_the_same_command_goes_on(tmp_path: Path,
     """To the bit with as many processes, closely with another number of them."""
     recipe = [*recipe, f"trainer.shard={shard}"]
     finished(ranks.command(2, [*recipe, f"out={tmp_path / 'whole'}"], tmp_path / "said"))
+    saved = dict(checkpoint.steps(tmp_path / "whole" / "checkpoints"))
+    assert checkpoint.names(saved[STEPS]) == checkpoint.names(saved[STEPS - SAVED]), "lost where it was evaluated first"
     broken = tmp_path / "broken"
     started = ranks.command(2, [*recipe, f"out={broken}"], tmp_path / "said")
     assert started[0].wait_for(broken / "log.jsonl", KEPT), started[0].said
