@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kinvec.machine import multiplies_bf16
+
 FEW = 1024
 """Rows below which the output lies in the cache, and laying out the weights anew costs more than it brings."""
 
@@ -38,7 +40,7 @@ def linear(
 def _there() -> bool:
     """Whether this torch has oneDNN and these operators, and the processor multiplies bfloat16."""
     found = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return found and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return found and multiplies_bf16(torch.device("cpu"))
 
 
 class Linear(torch.autograd.Function):
