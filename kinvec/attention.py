@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -139,8 +138,7 @@ def packed_attention(
         return _varlen(q, k, v, pack, attention_mask, scale)[None], None
     mask = attention_mask or TextMask(lambda b, h, i, j: (i >= 0) & (j >= 0))
     if softcap is None and attends(q, v, max(pack.lengths)):
-        firsts = accumulate((texts * length for texts, length in pack.runs), initial=0)
-        biases = [mask.bias(first, length, q) for first, (_, length) in zip(firsts, pack.runs, strict=False)]
+        biases = [mask.bias(first, length, q) for first, _, length in pack.runs]
         return Attention.apply(q, k, v, pack.runs, biases, scale, dropout)[None], None
     # In training also without gradients: a chunk that is embedded twice must give the same bits both times.
     if module.training or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
@@ -176,12 +174,10 @@ SLAB = 2**21  # scores at a time: they stay in the cache between the two product
 
 def _slabs(pack: Pack, heads: int) -> Iterator[tuple[int, int, int]]:
     """The runs of equal length, cut into (first token, texts, tokens each) of at most SLAB scores, or of one text."""
-    start = 0
-    for texts, length in pack.runs:
+    for start, texts, length in pack.runs:
         step = max(1, SLAB // (heads * length * length))
         for first in range(0, texts, step):
             yield start + first * length, min(step, texts - first), length
-        start += texts * length
 
 
 def _by_head(x: Float[Tensor, "T K D"], start: int, g: int, length: int, groups: int = 1) -> Float[Tensor, "gH L D"]:

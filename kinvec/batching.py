@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
 from threading import Lock
 from typing import Any
 
@@ -167,14 +167,13 @@ class Pack:
     rows: tuple[int, ...]
 
     @cached_property
-    def runs(self) -> tuple[tuple[int, int], ...]:
-        """(texts, tokens each) of every stretch of texts of equal length, in order."""
-        runs: list[tuple[int, int]] = []
-        for length in self.lengths:
-            if runs and runs[-1][1] == length:
-                runs[-1] = (runs[-1][0] + 1, length)
-            else:
-                runs.append((1, length))
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """(first token, texts, tokens each) of every stretch of texts of equal length, in order."""
+        runs, first = [], 0
+        for length, same in groupby(self.lengths):
+            texts = len(list(same))
+            runs.append((first, texts, length))
+            first += texts * length
         return tuple(runs)
 
     @cached_property

@@ -45,7 +45,7 @@ from kinvec.trainer import (
 )
 
 SECONDS = 12.0  # that the model runs at most for the forecast of the training; half as long for that of an evaluation
-SHARE = 0.05  # of what is forecast, that measuring may take
+SHARE, LEAST = 0.05, 0.4  # of what is forecast, that measuring may take; of SECONDS, where that is less
 WARM_TOKENS = 1024  # of a pack to warm up with, and of the smallest that is measured
 POINTS = 3  # lengths of text at which the model is timed
 COMPILED, COMPILED_AT_MOST = 25_000_000, 500_000_000
@@ -191,14 +191,14 @@ def _encoding(embedder: Embedder, asked: Sequence[tuple[Sequence[str], str]]) ->
 
 
 def _affordable(most: int, whole: int, seconds: float, run: Callable[[Pack], float], small: Sequence[Pack]) -> int:
-    """Tokens, at most `most`, of a pack such that all measuring takes `seconds`, or `SHARE` of `whole` tokens.
+    """Tokens, at most `most`, of a pack such that all measuring takes at most `seconds`; see `SHARE`.
 
     `run` gives the seconds of a pack; it is tried on one of the small.
     """
     middle = small[len(small) // 2]
     run(middle)  # once to warm up
     rate = run(middle) / sum(middle.lengths)
-    tokens = min(seconds / rate, SHARE * whole) / (POINTS + 1)
+    tokens = min(seconds, max(SHARE * whole * rate, LEAST * seconds)) / rate / (POINTS + 1)
     return int(min(most, max(tokens, WARM_TOKENS)))
 
 
@@ -318,7 +318,10 @@ def _chunks(
     size = _affordable(settings.chunk_tokens, whole, SECONDS, run, small)
     chosen: list[tuple[Step, Pack]] = []
     for asked, _ in steps:
-        chosen += [(asked, texts) for texts in spread(step_chunks(embedder, tokenized(embedder, asked), size)[0])]
+        parts = step_chunks(embedder, tokenized(embedder, asked), size)[0]
+        most = max(sum(texts.lengths) for texts in parts)
+        full = [texts for texts in parts if sum(texts.lengths) > most / 2]  # a small rest is slower a token
+        chosen += [(asked, texts) for texts in spread(full)]
         if len(chosen) >= POINTS:
             break
     _measured(embedder, *chosen[-1])  # memory that is fresh is slower

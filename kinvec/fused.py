@@ -1,6 +1,6 @@
 """What a model computes in one piece instead of several: projections of the same input, biases, passes over memory.
 
-No weight changes its place or name, and no layer that carries an adapter is fused.
+No weight changes its place or name, and no projection that carries an adapter is joined with others.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ def attends(q: Float[Tensor, "T H D"], v: Float[Tensor, "T K V"], longest: int) 
 
 
 class Run(ctypes.Structure):
-    """Texts of one length within a pack, how their heads lie, and `draw`: `Run` of attention.c."""
+    """A run of a pack (`Pack.runs`), how its heads lie, and `draw`: `Run` of attention.c."""
 
     _fields_ = [
         *((name, c_long) for name in ("first", "texts", "length", "heads", "groups", "width", "values")),
@@ -249,11 +249,9 @@ def _runs(q: Tensor, k: Tensor, v: Tensor, how: Any) -> Iterator[tuple[int | Non
     (_, heads, width), (_, others, values) = q.shape, v.shape
     steps = [step for x in (q, k, v) for step in x.stride()[:2]]
     runs, biases, scale, (drop, factor, seed) = how
-    first = 0
-    for (texts, length), bias in zip(runs, biases, strict=True):
-        run = Run(first, texts, length, heads, heads // others, width, values, *steps, scale, factor, drop, seed)
+    for place, bias in zip(runs, biases, strict=True):
+        run = Run(*place, heads, heads // others, width, values, *steps, scale, factor, drop, seed)
         yield None if bias is None else bias.data_ptr(), ctypes.byref(run)
-        first += texts * length
 
 
 class Attention(torch.autograd.Function):
@@ -268,7 +266,7 @@ class Attention(torch.autograd.Function):
         q: Float[Tensor, "T H D"],
         k: Float[Tensor, "T K D"],
         v: Float[Tensor, "T K V"],
-        runs: Sequence[tuple[int, int]],
+        runs: Sequence[tuple[int, int, int]],
         biases: Sequence[Tensor | None],
         scale: float,
         dropout: float,

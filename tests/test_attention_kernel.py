@@ -43,7 +43,8 @@ def projections(runs: Sequence[tuple[int, int]], sizes: tuple[int, int, int, int
 
 
 def attend(parts: Sequence[Tensor], runs: Any, mask: TextMask, dropout: float = 0.0) -> Tensor:
-    return Attention.apply(*parts, runs, [mask.bias(0, length, parts[0]) for _, length in runs], SCALE, dropout)
+    biases = [mask.bias(0, length, parts[0]) for _, length in runs]
+    return Attention.apply(*parts, pack_of(runs).runs, biases, SCALE, dropout)
 
 
 def assert_near(found: Tensor | None, expected: Tensor | None) -> None:

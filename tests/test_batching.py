@@ -22,8 +22,10 @@ def test_packs_hold_every_text_once_and_whole_within_the_budget(lengths: list[in
     for texts in packs(tokens, budget):
         assert sum(texts.lengths) <= budget or len(texts) == 1
         assert list(texts.lengths) == sorted(texts.lengths)
-        assert sum(count * length for count, length in texts.runs) == len(texts.input_ids)
-        assert len({length for _, length in texts.runs}) == len(texts.runs)
+        assert [length for _, count, length in texts.runs for _ in range(count)] == list(texts.lengths)
+        assert len({length for _, _, length in texts.runs}) == len(texts.runs)
+        begins = dict(zip(texts.starts.tolist(), texts.lengths, strict=True))
+        assert all(begins[first] == length for first, _, length in texts.runs)
         parts = zip(texts.input_ids.split(list(texts.lengths)), texts.positions.split(list(texts.lengths)), strict=True)
         for row, start, (ids, positions) in zip(texts.rows, texts.starts.tolist(), parts, strict=True):
             assert ids.tolist() == tokens.rows[row] and texts.input_ids[start] == tokens.rows[row][0]
