@@ -318,14 +318,18 @@ def _chunks(
     size = _affordable(settings.chunk_tokens, whole, SECONDS, run, small)
     chosen: list[tuple[Step, Pack]] = []
     for asked, _ in steps:
-        parts = step_chunks(embedder, tokenized(embedder, asked), size)[0]
-        most = max(sum(texts.lengths) for texts in parts)
-        full = [texts for texts in parts if sum(texts.lengths) > most / 2]  # a small rest is slower a token
+        full = _without_rests(step_chunks(embedder, tokenized(embedder, asked), size)[0])
         chosen += [(asked, texts) for texts in spread(full)]
         if len(chosen) >= POINTS:
             break
     _measured(embedder, *chosen[-1])  # memory that is fresh is slower
     return [_measured(embedder, *one) for one in chosen[:POINTS]]
+
+
+def _without_rests(parts: Sequence[Pack]) -> list[Pack]:
+    """Those of more than half the tokens of the largest: a token of a small rest costs more than of what is typical."""
+    most = max(sum(texts.lengths) for texts in parts)
+    return [texts for texts in parts if sum(texts.lengths) > most / 2]
 
 
 def _measured(embedder: Embedder, asked: Step, texts: Pack) -> Chunk:

@@ -2,7 +2,7 @@
 
 They are the C files of `csrc`, compiled at first use for this very processor and kept in the cache. On a GPU, for
 float64, and where there is no C compiler (`library()` is None), torch's operations do the same in several passes; on a
-CPU a training step then takes up to a quarter longer (docs/experiments.md).
+CPU a training step then takes up to a third longer (docs/experiments.md).
 
 Shapes: r = rows (texts × heads × queries of a run), L = keys of a row.
 """
@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL | None:
         return found
     else:
         why = f"{compiler} cannot compile kinvec/csrc here"
-    say(f"{why}: on a CPU, training takes up to a quarter longer without")
+    say(f"{why}: on a CPU, training takes up to a third longer without")
     return None
 
 

@@ -14,9 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kinvec
+from kinvec.batching import lay, pack
 from kinvec.config import load
 from kinvec.embedder import Embedder
-from kinvec.forecast import Cost, StandIn, evaluation, fitted, in_words, peak, spread
+from kinvec.forecast import (
+    WARM_TOKENS,
+    Cost,
+    StandIn,
+    _affordable,
+    _without_rests,
+    evaluation,
+    fitted,
+    in_words,
+    peak,
+    spread,
+)
 from kinvec.pipeline import plan_run, run
 from kinvec.recipe import Recipe
 
@@ -41,6 +53,29 @@ def test_a_cost_is_found_from_what_texts_of_several_lengths_took(a: float, b: fl
 def test_the_points_measured_lie_evenly_between_shortest_and_longest() -> None:
     assert spread(range(9)) == [1, 4, 7]
     assert spread([5, 6]) == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("whole", "most", "tokens"),
+    [
+        (1_000, 9_000, 1_000),  # however short the run: two fifths of the ten seconds, for four measurements
+        (160_000, 9_000, 2_000),  # a twentieth of its tokens
+        (10**9, 9_000, 2_500),  # all ten seconds
+        (10**9, 1_500, 1_500),
+    ],
+)
+def test_measuring_takes_a_share_of_the_run_but_has_a_least_and_a_most(whole: int, most: int, tokens: int) -> None:
+    """At a millisecond a token; the smallest packs are never made smaller."""
+    small = pack(lay([[7] * 100]), [0])
+    found = _affordable(most, whole, 10.0, lambda texts: 1e-3 * sum(texts.lengths), [small])
+    assert found == pytest.approx(max(tokens, WARM_TOKENS), abs=1)
+
+
+def test_the_rest_of_a_step_stands_for_none_of_its_chunks() -> None:
+    tokens = lay([[7] * length for length in (30, 30, 40, 90, 50)])
+    parts = [pack(tokens, rows) for rows in ([0, 1, 2], [3], [4])]
+    assert _without_rests(parts) == parts[:2]
+    assert _without_rests(parts[2:]) == parts[2:]
 
 
 def test_the_peak_is_the_most_that_was_held_meanwhile() -> None:
