@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from arms import BATCH, DROPOUT, LENGTH, MODEL, peer_model, read_rows
-from speed import processor
+from speed import SHARED, processor
 
 from kinvec.files import open_data, open_retrieval
 
 HERE = Path(__file__).parent
-SCIFACT = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data")) / "scifact"
+SCIFACT = SHARED / "scifact"
 STEPS, RATE, WARMUP, DECAY = 60, 5e-5, 0.1, 0.01  # two rounds through the pairs; the rest as in the recipe `scifact`
 DOCUMENTS = 1500  # that are searched: 283 are judged
 

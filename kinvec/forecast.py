@@ -45,7 +45,7 @@ from kinvec.trainer import (
 )
 
 SECONDS = 12.0  # that the model runs at most for the forecast of the training; half as long for that of an evaluation
-SHARE, LEAST = 0.05, 0.4  # of what is forecast, that measuring may take; of SECONDS, where that is less
+SHARE, LEAST = 0.05, 0.4  # of what is forecast, that measuring may take; or of its SECONDS, where that is more
 WARM_TOKENS = 1024  # of a pack to warm up with, and of the smallest that is measured
 POINTS = 3  # lengths of text at which the model is timed
 COMPILED, COMPILED_AT_MOST = 25_000_000, 500_000_000
