@@ -10,6 +10,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ BATCH, LENGTH, DROPOUT = 32, 256, 0.1
 SHORT, LONG = 3, 9  # steps; the difference of the two runs leaves out loading and warming up
 
 
-def read_rows(path: str) -> list[dict[str, str]]:
+def read_rows(path: str | Path) -> list[dict[str, str]]:
     """JSON lines."""
     return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
 
@@ -80,26 +81,35 @@ def train_kinvec(precision: str, rows: str) -> float:
     return seconds[1] - seconds[0]
 
 
-def train_peer(precision: str, rows: str) -> float:
-    """Seconds of LONG − SHORT steps of sentence-transformers' own trainer, with the model's own dropout (0.1)."""
+def peer_trainer(loss: Callable[[Any], Any], pairs: str | Path, length: int, **arguments: Any) -> Any:
+    """sentence-transformers' own trainer of the model on the CPU, with the model's own dropout (0.1); it logs nothing.
+
+    `loss` makes the loss from the model, `length` is the most tokens of a text, `arguments` are the trainer's own.
+    """
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+    rows = read_rows(pairs)
+    data = Dataset.from_dict({"anchor": [r["query"] for r in rows], "positive": [r["pos_doc"] for r in rows]})
+    model = peer_model("fp32")
+    model.max_seq_length = length
+    args = SentenceTransformerTrainingArguments(
+        use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6, **arguments
+    )
+    return SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss(model))
+
+
+def train_peer(precision: str, rows: str) -> float:
+    """Seconds of LONG − SHORT steps of sentence-transformers' trainer."""
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    pairs = read_rows(rows)
-    data = Dataset.from_dict({"anchor": [p["query"] for p in pairs], "positive": [p["pos_doc"] for p in pairs]})
     seconds = []
     for steps in (SHORT, LONG):
-        model = peer_model("fp32")
-        model.max_seq_length = LENGTH
         with tempfile.TemporaryDirectory() as folder:
-            arguments = SentenceTransformerTrainingArguments(
-                output_dir=folder, per_device_train_batch_size=BATCH, max_steps=steps, bf16=precision == "bf16",
-                use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6,
+            trainer = peer_trainer(
+                MultipleNegativesRankingLoss, rows, LENGTH, output_dir=folder, per_device_train_batch_size=BATCH,
+                max_steps=steps, bf16=precision == "bf16",
             )  # fmt: skip
-            trainer = SentenceTransformerTrainer(
-                model=model, args=arguments, train_dataset=data, loss=MultipleNegativesRankingLoss(model)
-            )
             begun = time.perf_counter()
             trainer.train()
             seconds.append(time.perf_counter() - begun)

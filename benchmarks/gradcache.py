@@ -21,11 +21,12 @@ import sys
 import tempfile
 import time
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from arms import DROPOUT, MODEL, peer_model
+from arms import DROPOUT, MODEL, peer_trainer
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data"))
@@ -66,9 +67,7 @@ def train_kinvec(batch: int, steps: int, pairs: str) -> list[float]:
 
 
 def train_peer(batch: int, steps: int, pairs: str, mini: int) -> list[float]:
-    """Seconds of each step of sentence-transformers' trainer, with bf16 and the model's own dropout (0.1)."""
-    from datasets import Dataset
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    """Seconds of each step of sentence-transformers' trainer, with bf16."""
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     from transformers import TrainerCallback
 
@@ -78,19 +77,12 @@ def train_peer(batch: int, steps: int, pairs: str, mini: int) -> list[float]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
-    rows = [json.loads(line) for line in Path(pairs).read_text("utf-8").splitlines()]
-    data = Dataset.from_dict({"anchor": [r["query"] for r in rows], "positive": [r["pos_doc"] for r in rows]})
-    model = peer_model("fp32")
-    model.max_seq_length = LENGTH
+    loss = partial(CachedMultipleNegativesRankingLoss, mini_batch_size=mini)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = SentenceTransformerTrainingArguments(
-            output_dir=folder, per_device_train_batch_size=batch, max_steps=steps, bf16=True, use_cpu=True,
-            save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6,
-        )  # fmt: skip
-        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini)
-        trainer = SentenceTransformerTrainer(
-            model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[Clock()]
+        trainer = peer_trainer(
+            loss, pairs, LENGTH, output_dir=folder, per_device_train_batch_size=batch, max_steps=steps, bf16=True
         )
+        trainer.add_callback(Clock())
         begun = time.perf_counter()
         trainer.train()
     return [after - before for before, after in zip([begun, *ends], ends, strict=False)]

@@ -18,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from arms import BATCH, DROPOUT, LENGTH, MODEL, peer_model, read_rows
+from arms import BATCH, DROPOUT, LENGTH, MODEL, peer_trainer, read_rows
 from speed import SHARED, processor
 
 from kinvec.files import open_data, open_retrieval
@@ -43,7 +44,7 @@ def write_data(folder: Path) -> None:
     judged = {document for row in data.qrels.values() for document in row}
     others = sorted(set(data.corpus.ids) - judged)
     chosen = judged | set(random.Random(0).sample(others, DOCUMENTS - len(judged)))
-    rows = [row for row in read_rows(str(SCIFACT / "corpus.jsonl")) if row["_id"] in chosen]
+    rows = [row for row in read_rows(SCIFACT / "corpus.jsonl") if row["_id"] in chosen]
     (folder / "searched" / "qrels").mkdir(parents=True)
     (folder / "searched" / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     for name in ("queries.jsonl", "qrels/test.tsv"):
@@ -71,23 +72,16 @@ def train_kinvec(precision: str, seed: int, pairs: Path, out: Path) -> Path:
 
 def train_peer(precision: str, seed: int, pairs: Path, out: Path) -> Path:
     """The same by sentence-transformers' trainer; no text twice in a batch, as its documentation advises."""
-    from datasets import Dataset
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    rows = read_rows(str(pairs))
-    data = Dataset.from_dict({"anchor": [r["query"] for r in rows], "positive": [r["pos_doc"] for r in rows]})
-    model = peer_model("fp32")
-    model.max_seq_length = LENGTH
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(out), per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=RATE,
-        warmup_steps=round(WARMUP * STEPS), weight_decay=DECAY, lr_scheduler_type="linear", max_grad_norm=1.0,
-        batch_sampler="no_duplicates", bf16=precision == "bf16", use_cpu=True, seed=seed, save_strategy="no",
-        report_to="none", disable_tqdm=True,
+    trainer = peer_trainer(
+        partial(MultipleNegativesRankingLoss, scale=20.0), pairs, LENGTH, output_dir=str(out), seed=seed,
+        per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=RATE, warmup_steps=round(WARMUP * STEPS),
+        weight_decay=DECAY, lr_scheduler_type="linear", max_grad_norm=1.0, batch_sampler="no_duplicates",
+        bf16=precision == "bf16",
     )  # fmt: skip
-    loss = MultipleNegativesRankingLoss(model, scale=20.0)
-    SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss).train()
-    model.save_pretrained(str(out / "model"))
+    trainer.train()
+    trainer.model.save_pretrained(str(out / "model"))
     return out / "model"
 
 
