@@ -5,7 +5,7 @@ Shapes: B = queries of the batch, N = documents of the batch, n = labelled texts
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,50 +21,90 @@ def info_nce(
     queries: Float[Tensor, "B d"],
     documents: Float[Tensor, "N d"],
     targets: Int[Tensor, " B"],
-    excluded: Bool[Tensor, "B N"],
+    excluded: Int[Tensor, "e 2"],
     weights: Float[Tensor, " B"],
     temperature: float,
     label_smoothing: float = 0.0,
+    seen_by: Int[Tensor, " N"] | None = None,
 ) -> Float[Tensor, ""]:
     """The contrastive loss of van den Oord et al. 2018 over cosine similarities.
 
-    Query i should find document `targets[i]` among all documents that are not `excluded[i]`. The loss is the mean of
-    the cross-entropies weighted by `weights`. `excluded[i, targets[i]]` must be False. Of larger batches the scores are
-    computed for some queries at a time, and again for their gradients: beside `excluded`, a byte a pair, memory is
-    O((B + N) d).
+    Query i should find document `targets[i]` among all documents but those that are excluded for it: a row (i, j) of
+    `excluded` leaves document j out, and one with `seen_by[j]` ≥ 0 is there for that query only. No target may be left
+    out. The loss is the mean of the cross-entropies weighted by `weights`. Of larger batches the scores are computed
+    for some queries at a time, and again for their gradients: memory is O((B + N) d + e).
     """
     queries, documents = functional.normalize(queries, dim=-1), functional.normalize(documents, dim=-1)
 
-    def some(queries: Tensor, targets: Tensor, excluded: Tensor) -> Tensor:
+    def some(queries: Tensor, targets: Tensor, first: int) -> Tensor:
+        closed = dense(excluded, slice(first, first + len(queries)), len(documents), seen_by)
         scores = queries @ documents.T / temperature
-        return _cross_entropy(scores.masked_fill(excluded, float("-inf")), targets, label_smoothing)
+        return _cross_entropy(scores.masked_fill(closed, float("-inf")), targets, label_smoothing)
 
     rows = max(1, SCORES // len(documents))
-    blocks = list(zip(queries.split(rows), targets.split(rows), excluded.split(rows), strict=True))
+    blocks = list(zip(queries.split(rows), targets.split(rows), range(0, len(queries), rows), strict=True))
     if len(blocks) == 1:
-        losses = some(queries, targets, excluded)
+        losses = some(queries, targets, 0)
     else:
         losses = torch.cat([checkpoint(some, *block, use_reentrant=False) for block in blocks])
     return (losses * weights).sum() / weights.sum()
+
+
+def dense(
+    excluded: Int[Tensor, "e 2"], rows: slice, documents: int, seen_by: Int[Tensor, " N"] | None = None
+) -> Bool[Tensor, "b N"]:
+    """What `excluded` and `seen_by` leave out for the queries `rows`, as `info_nce` reads them."""
+    query, document = excluded[(excluded[:, 0] >= rows.start) & (excluded[:, 0] < rows.stop)].unbind(1)
+    closed = torch.zeros(rows.stop - rows.start, documents, dtype=torch.bool, device=excluded.device)
+    closed[query - rows.start, document] = True
+    if seen_by is not None:
+        own = torch.arange(rows.start, rows.stop, device=seen_by.device)[:, None]
+        closed |= (seen_by >= 0) & (seen_by != own)
+    return closed
+
+
+def pairs(excluded: Sequence[Sequence[int]]) -> Int[Tensor, "e 2"]:
+    """Documents that are left out, given for query after query, as `info_nce` takes them."""
+    return torch.tensor([(i, j) for i, documents in enumerate(excluded) for j in documents]).long().view(-1, 2)
 
 
 def info_nce_both_ways(
     queries: Float[Tensor, "B d"],
     documents: Float[Tensor, "N d"],
     targets: Int[Tensor, " B"],
-    excluded: Bool[Tensor, "B N"],
+    excluded: Int[Tensor, "e 2"],
     weights: Float[Tensor, " B"],
     temperature: float,
     label_smoothing: float = 0.0,
+    seen_by: Int[Tensor, " N"] | None = None,
 ) -> Float[Tensor, ""]:
     """The mean of `info_nce` and of its mirror, in which each positive should find its query among the batch's queries.
 
     The symmetric loss of CLIP (Radford et al. 2021). A query for which the positive is excluded is no negative either.
     """
-    forth = info_nce(queries, documents, targets, excluded, weights, temperature, label_smoothing)
+    forth = info_nce(queries, documents, targets, excluded, weights, temperature, label_smoothing, seen_by)
     own = torch.arange(len(queries), device=queries.device)
-    back = info_nce(documents[targets], queries, own, excluded.T[targets], weights, temperature, label_smoothing)
+    back = info_nce(
+        documents.index_select(0, targets),
+        queries,
+        own,
+        _mirrored(excluded, targets),
+        weights,
+        temperature,
+        label_smoothing,
+    )
     return (forth + back) / 2
+
+
+def _mirrored(excluded: Int[Tensor, "e 2"], targets: Int[Tensor, " B"]) -> Int[Tensor, "m 2"]:
+    """(i, j) where the target of query i is excluded for query j."""
+    ordered, order = targets.sort()
+    query, document = excluded.T.contiguous()
+    first, last = torch.searchsorted(ordered, document), torch.searchsorted(ordered, document, right=True)
+    count = last - first  # of the queries that have this document as their target
+    pair = torch.repeat_interleave(count)
+    place = torch.arange(len(pair), device=pair.device) - (count.cumsum(0) - count)[pair] + first[pair]
+    return torch.stack([order[place], query[pair]], dim=1)
 
 
 def _cosine(a: Float[Tensor, "A d"], b: Float[Tensor, "B d"]) -> Float[Tensor, "A B"]:
@@ -103,11 +143,24 @@ def kl_distillation(
     The distributions are softmaxes of cosines / temperature and of the teacher's scores / teacher_temperature (RocketQA
     v2, Ren et al. 2021). `owner[j]` is the query that brought document j, `teacher[j]` their score.
     """
-    others = owner[None] != torch.arange(len(queries), device=owner.device)[:, None]
-    student = (_cosine(queries, documents) / temperature).masked_fill(others, float("-inf")).log_softmax(1)
-    wanted = (teacher[None] / teacher_temperature).masked_fill(others, float("-inf")).log_softmax(1)
-    each = (wanted.exp() * (wanted - student).masked_fill(others, 0.0)).nan_to_num(0.0).sum(1)
+    own = _own_documents(owner, len(queries))
+    cosines = paired_cosine(queries.index_select(0, owner), documents)
+    student, wanted = (
+        scores[own].masked_fill(own < 0, float("-inf")).log_softmax(1)
+        for scores in (cosines / temperature, teacher / teacher_temperature)
+    )
+    each = (wanted.exp() * (wanted - student).masked_fill(own < 0, 0.0)).sum(1)
     return (each * weights).sum() / weights.sum()
+
+
+def _own_documents(owner: Int[Tensor, " N"], queries: int) -> Int[Tensor, "B m"]:
+    """The documents that each query brought, in their order; −1 where others brought more."""
+    order = owner.argsort(stable=True)
+    count = torch.bincount(owner, minlength=queries)
+    place = torch.arange(len(owner), device=owner.device) - (count.cumsum(0) - count)[owner[order]]
+    own = owner.new_full((queries, int(count.max())), -1)
+    own[owner[order], place] = order
+    return own
 
 
 def margin_mse(
@@ -122,7 +175,7 @@ def margin_mse(
     A margin is the score of a query's positive (document i of query i) less that of a negative it brought (documents
     from B on); the student's scores are cosines. Negatives of a query share its weight.
     """
-    cosines, own = paired_cosine(queries[owner], documents), owner[len(queries) :]
+    cosines, own = paired_cosine(queries.index_select(0, owner), documents), owner[len(queries) :]
     student, wanted = (scores[own] - scores[len(queries) :] for scores in (cosines, teacher))
     share = weights[own] / torch.bincount(own, minlength=len(queries))[own]
     return ((student - wanted).square() * share).sum() / share.sum()

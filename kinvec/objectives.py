@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
@@ -27,6 +27,7 @@ from kinvec.contracts import KinvecError, RecipeError
 from kinvec.embedder import Embedder
 from kinvec.losses import (
     LOSSES,
+    SCORES,
     TRIPLETS,
     Mined,
     cosent,
@@ -148,42 +149,52 @@ def matryoshka(loss: Loss, dimensions: Sequence[int]) -> Loss:
 
 def contrastive(settings: ObjectiveSettings) -> Objective:
     """InfoNCE over the batch: in-batch negatives, hard negatives, known positives and duplicates masked."""
+    if settings.both_directions and not settings.in_batch:
+        raise RecipeError(
+            "objective.both_directions asks a positive to find its query among those of the batch, and "
+            "objective.in_batch=false leaves only its own; drop one of the two"
+        )
     score = LOSSES[settings.both_directions]
     suspicious = None if settings.guide is None else guided(settings.guide, settings.guide_margin)
 
     def loss(queries: Float[Tensor, "B d"], documents: Float[Tensor, "N d"], batch: PairBatch) -> Float[Tensor, ""]:
-        device = queries.device
-        excluded = batch.excluded if suspicious is None else batch.excluded | suspicious(batch)
-        others = batch.owner[None] != torch.arange(len(batch.queries))[:, None]
-        if not settings.in_batch:
-            if len(batch.documents) == len(batch.queries):
-                raise RecipeError("objective.in_batch=false needs hard negatives, and the data have none")
-            excluded = excluded | others
-        elif settings.hard_negatives == "own":
-            hard = torch.arange(len(batch.documents))[None] >= len(batch.queries)
-            excluded = excluded | (hard & others)
-        tensors = (batch.targets.to(device), excluded.to(device), batch.weights.to(device))
-        return score(queries, documents, *tensors, settings.temperature, settings.label_smoothing)
+        if not settings.in_batch and len(batch.documents) == len(batch.queries):
+            raise RecipeError("objective.in_batch=false needs hard negatives, and the data have none")
+        excluded = batch.excluded if suspicious is None else torch.cat([batch.excluded, suspicious(batch)])
+        targets, excluded, weights, owner = (
+            part.to(queries.device) for part in (batch.targets, excluded, batch.weights, batch.owner)
+        )
+        if settings.in_batch:  # positives are there for all
+            owner = owner.where(torch.arange(len(owner), device=owner.device) >= len(queries), -1)
+        seen_by = None if settings.in_batch and settings.hard_negatives == "shared" else owner
+        smoothing = settings.label_smoothing
+        return score(queries, documents, targets, excluded, weights, settings.temperature, smoothing, seen_by)
 
     return Objective("contrastive", loss)
 
 
-def guided(name: str, margin: float) -> Callable[[PairBatch], Bool[Tensor, "B N"]]:
-    """Which documents of a batch a guide takes for unjudged positives of which query (GISTEmbed, Solatorio 2024).
+def guided(name: str, margin: float) -> Callable[[PairBatch], Int[Tensor, "e 2"]]:
+    """Queries and documents of a batch that a guide takes for unjudged positives (GISTEmbed, Solatorio 2024).
 
     Those whose cosine with the query, as the guide embeds both, is above that of the query's positive less `margin`.
     The guide is opened at the first batch.
     """
     opened = cache(partial(Embedder.load, name))
 
-    def suspicious(batch: PairBatch) -> Bool[Tensor, "B N"]:
+    def suspicious(batch: PairBatch) -> Int[Tensor, "e 2"]:
         queries, documents = (
             torch.from_numpy(opened().encode(texts, prompt=opened().prompts.get(side, ""), progress=False))
             for side, texts in (("query", batch.queries), ("document", batch.documents))
         )
-        cosines = functional.normalize(queries, dim=1) @ functional.normalize(documents, dim=1).T
-        near = cosines > cosines.gather(1, batch.targets[:, None]) - margin
-        return near.scatter(1, batch.targets[:, None], False)
+        queries, documents = functional.normalize(queries, dim=1), functional.normalize(documents, dim=1)
+        rows = max(1, SCORES // len(documents))
+
+        def near(first: int) -> Int[Tensor, "e 2"]:
+            cosines, targets = queries[first : first + rows] @ documents.T, batch.targets[first : first + rows, None]
+            nearer = cosines > cosines.gather(1, targets) - margin
+            return nearer.scatter(1, targets, False).nonzero() + torch.tensor([first, 0])
+
+        return torch.cat([near(first) for first in range(0, len(queries), rows)])
 
     return suspicious
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 
 from kinvec.contracts import Encoder, KinvecError, RetrievalData
+from kinvec.losses import pairs
 from kinvec.objectives import Objective
 from kinvec.sampling import PairBatch
 from kinvec.tasks.evaluation import unit
@@ -116,8 +117,9 @@ def _batch(data: RetrievalData, rows: Sequence[tuple[str, list[str], list[str]]]
     owner = [*range(len(rows)), *(row for row, (*_, others) in enumerate(rows) for _ in others)]
     queries = [data.queries[query] for query, *_ in rows]
     no_negative = [{text, *relevant} for text, (_, relevant, _) in zip(queries, rows, strict=True)]
-    excluded = torch.tensor([[text in known for text in documents] for known in no_negative])
-    excluded.fill_diagonal_(False)
+    excluded = pairs(
+        [[j for j, text in enumerate(documents) if text in known and j != i] for i, known in enumerate(no_negative)]
+    )
     ones = torch.ones(len(rows))
     graded = (torch.arange(len(documents)) < len(rows)).float()
     names = [query for query, *_ in rows]

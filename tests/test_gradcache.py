@@ -18,7 +18,7 @@ from kinvec.batching import Pack, Tokens, cut, lay, pack
 from kinvec.contracts import RecipeError
 from kinvec.fused import replace_dropout
 from kinvec.gradcache import backward
-from kinvec.losses import info_nce
+from kinvec.losses import info_nce, pairs
 from kinvec.planner import chunks_to_keep, memory_budget, parse_bytes, saved_bytes_per_token
 from kinvec.pooling import pool
 
@@ -60,8 +60,7 @@ class Step:
 
     def loss(self, vectors: Tensor) -> Tensor:
         queries, documents = vectors[:QUERIES], vectors[QUERIES:]
-        excluded = torch.zeros(QUERIES, len(documents), dtype=torch.bool)
-        return info_nce(queries, documents, torch.arange(QUERIES), excluded, torch.ones(QUERIES), 0.3)
+        return info_nce(queries, documents, torch.arange(QUERIES), pairs([]), torch.ones(QUERIES), 0.3)
 
     def gradients(self, take: Callable[[], float], seed: int = 1) -> tuple[float, dict[str, Tensor], Tensor]:
         """Loss, gradients by name, and the random state afterwards."""

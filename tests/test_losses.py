@@ -17,7 +17,7 @@ from torch import Tensor
 from kinvec import losses
 from kinvec.contracts import KinvecError, RecipeError
 from kinvec.embedder import Embedder
-from kinvec.losses import info_nce, info_nce_both_ways
+from kinvec.losses import dense, info_nce, info_nce_both_ways, pairs
 from kinvec.objectives import ObjectiveSettings, make_objective
 from kinvec.sampling import PairBatch
 
@@ -67,10 +67,14 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+def as_pairs(problem: dict[str, Any]) -> dict[str, Tensor]:
+    return {"excluded": problem["excluded"].nonzero()}
+
+
 @settings(max_examples=100, deadline=None)
 @given(problems(), st.sampled_from([0.02, 0.05, 1.0]), st.sampled_from([0.0, 0.1, 0.9]))
 def test_info_nce_is_its_definition(problem: dict[str, Any], temperature: float, smoothing: float) -> None:
-    ours = info_nce(**problem, temperature=temperature, label_smoothing=smoothing)
+    ours = info_nce(**problem | as_pairs(problem), temperature=temperature, label_smoothing=smoothing)
     assert ours.item() == pytest.approx(by_loops(**problem, temperature=temperature, smoothing=smoothing), abs=1e-9)
 
 
@@ -89,7 +93,7 @@ def test_both_ways_is_the_mean_of_two_definitions(
     }  # fmt: skip
     forth = by_loops(**problem, temperature=temperature, smoothing=smoothing)
     back = by_loops(**mirror, temperature=temperature, smoothing=smoothing)
-    ours = info_nce_both_ways(**problem, temperature=temperature, label_smoothing=smoothing)
+    ours = info_nce_both_ways(**problem | as_pairs(problem), temperature=temperature, label_smoothing=smoothing)
     assert ours.item() == pytest.approx((forth + back) / 2, abs=1e-9)
 
 
@@ -105,7 +109,7 @@ def test_gradients_are_right_and_excluded_documents_get_none(loss: Any, smoothin
     weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
 
     def value(q: Tensor, d: Tensor) -> Tensor:
-        return loss(q, d, torch.arange(3), excluded, weights, 0.3, smoothing)
+        return loss(q, d, torch.arange(3), excluded.nonzero(), weights, 0.3, smoothing)
 
     assert torch.autograd.gradcheck(value, (queries, documents))
     value(queries, documents).backward()
@@ -119,8 +123,9 @@ def test_a_large_batch_in_blocks_is_the_batch_in_one(loss: Any, rows: int, monke
     """Loss and gradients, when the scores of some queries are held at a time, the last block smaller."""
     torch.manual_seed(rows)
     start = [torch.randn(10, 8), torch.randn(15, 8)]
-    targets, excluded = torch.randperm(10), torch.rand(10, 15) < 0.3
-    excluded[torch.arange(10), targets] = False
+    targets, closed = torch.randperm(10), torch.rand(10, 15) < 0.3
+    closed[torch.arange(10), targets] = False
+    excluded = closed.nonzero()
     found = {}
     for held in (2**24, rows * 15):
         monkeypatch.setattr(losses, "SCORES", held)
@@ -132,8 +137,25 @@ def test_a_large_batch_in_blocks_is_the_batch_in_one(loss: Any, rows: int, monke
         torch.testing.assert_close(blocks, whole, rtol=1e-5, atol=1e-7)
 
 
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.booleans())
+def test_what_is_left_out_is_the_same_in_blocks_of_rows(problem: dict[str, Any], alone: bool) -> None:
+    """Pairs in any order, some twice, and documents that one query alone sees."""
+    closed = problem["excluded"].clone()
+    count, documents = closed.shape
+    listed = closed.nonzero()
+    listed = torch.cat([listed, listed[:2]])[torch.randperm(len(listed) + len(listed[:2]))]
+    assert torch.equal(pairs([row.nonzero()[:, 0].tolist() for row in closed]), closed.nonzero())
+    seen_by = torch.randint(-1, count, (documents,)) if alone else None
+    for j, query in enumerate(seen_by.tolist() if seen_by is not None else ()):
+        closed[:, j] |= (torch.arange(count) != query) & (query >= 0)
+    for first in range(count):
+        for last in range(first, count + 1):
+            assert torch.equal(dense(listed, slice(first, last), documents, seen_by), closed[first:last])
+
+
 def test_excluding_everything_else_leaves_nothing_to_learn() -> None:
-    excluded = ~torch.eye(3, dtype=torch.bool)
+    excluded = (~torch.eye(3, dtype=torch.bool)).nonzero()
     loss = info_nce(torch.randn(3, 4), torch.randn(3, 4), torch.arange(3), excluded, torch.ones(3), 0.05)
     assert loss.item() == 0.0
 
@@ -151,8 +173,7 @@ def test_equals_sentence_transformers_on_the_same_embeddings(hard: int, temperat
     )
     theirs = peer.compute_loss_from_embeddings(columns, None)
     their_gradients = torch.autograd.grad(theirs, columns)
-    excluded = torch.zeros(6, 6 * (1 + hard), dtype=torch.bool)
-    weights = torch.ones(6, dtype=torch.float64)
+    excluded, weights = pairs([]), torch.ones(6, dtype=torch.float64)
     loss = info_nce_both_ways if both else info_nce
     ours = loss(columns[0], torch.cat(columns[1:]), torch.arange(6), excluded, weights, temperature)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
@@ -167,8 +188,8 @@ def batch_of(excluded: Tensor, owner: list[int], weights: list[float]) -> PairBa
     count, documents = excluded.shape
     return PairBatch(
         queries=[f"q{i}" for i in range(count)], documents=[f"d{j}" for j in range(documents)],
-        targets=torch.arange(count), excluded=excluded, owner=torch.tensor(owner), weights=torch.tensor(weights),
-        scores=torch.ones(documents), query_ids=[f"q{i}" for i in range(count)],
+        targets=torch.arange(count), excluded=excluded.nonzero(), owner=torch.tensor(owner),
+        weights=torch.tensor(weights), scores=torch.ones(documents), query_ids=[f"q{i}" for i in range(count)],
     )  # fmt: skip
 
 
@@ -197,7 +218,7 @@ def test_hard_negatives_are_shared_or_own(hard: Literal["shared", "own"], both: 
         expected = (expected + by_loops(*back, temperature=0.1, smoothing=0.05)) / 2
     assert objective.loss(queries, documents, batch).item() == pytest.approx(expected, abs=1e-5)
     assert objective.texts(batch) == (batch.queries, batch.documents)
-    assert torch.equal(batch.excluded, excluded)  # the batch itself is left as it was
+    assert torch.equal(batch.excluded, excluded.nonzero())  # the batch itself is left as it was
 
 
 def test_own_negatives_alone() -> None:
@@ -211,6 +232,8 @@ def test_own_negatives_alone() -> None:
     own = torch.arange(3)
     pairs = torch.stack([cosine[own, own], cosine[own, own + 3]], dim=1) / 0.1
     assert found.item() == pytest.approx(-pairs.log_softmax(1)[:, 0].mean().item(), abs=1e-6)
+    with pytest.raises(RecipeError, match="both_directions asks .* drop one of the two"):
+        make_objective(ObjectiveSettings(in_batch=False, both_directions=True))
     without = batch_of(torch.zeros(3, 3, dtype=torch.bool), [0, 1, 2], [1.0, 1.0, 1.0])
     with pytest.raises(RecipeError, match="in_batch=false needs hard negatives"):
         make_objective(ObjectiveSettings(in_batch=False)).loss(queries, documents[:3], without)
@@ -274,6 +297,23 @@ def test_margin_mse_is_over_margins_of_positive_and_own_negatives() -> None:
         errors[row].append((ours - float(batch.scores[row] - batch.scores[j])) ** 2)
     expected = (1.0 * sum(errors[0]) / 2 + 2.0 * errors[2][0]) / 3
     assert found.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kl", "margin_mse"])
+def test_gradients_of_distillation_have_the_same_bits_again_on_two_threads(name: str) -> None:
+    """A query's gradient is a sum over the documents it brought, which threads must not add in turns."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    owner = torch.arange(512).repeat(4)
+    batch = batch_of(torch.zeros(512, 2048, dtype=torch.bool), owner.tolist(), [1.0] * 512)
+    batch = replace(batch, scores=torch.rand(2048))
+    objective = make_objective(ObjectiveSettings(name=name))
+    queries, documents, found = torch.randn(512, 256), torch.randn(2048, 256), []
+    for _ in range(4):
+        own = queries.clone().requires_grad_()
+        objective.loss(own, documents, batch).backward()
+        found.append(own.grad)
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 @pytest.mark.parametrize("name", ["kl", "margin_mse"])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_sampling import Rows, plain, rows, source_of, table_of
+from test_sampling import Rows, closed_of, plain, rows, source_of, table_of
 from tiny_models import WORDS
 
 from kinvec.contracts import KinvecError, RecipeError
@@ -137,22 +137,23 @@ def test_a_mixed_batch_masks_known_positives_of_all_data_sets(tmp_path_factory: 
     positives = [document for one in own for document in one.documents[: len(one.queries)]]
     assert batch.documents[: len(batch.queries)] == positives
     assert sorted(batch.documents) == sorted(own[0].documents + own[1].documents)
+    closed = closed_of(batch)
     known = {(plain(r["query"]), plain(d)) for made in sets for r in made for d in r["pos_doc"]}
     for i, query in enumerate(batch.queries):
         for j, document in enumerate(batch.documents):
             by_text = (plain(query), plain(document)) in known or plain(query) == plain(document)
             same_set = (i < count) == (int(batch.owner[j]) < count)
             if j == i:
-                assert not batch.excluded[i, j]
+                assert not closed[i, j]
             elif by_text:
-                assert batch.excluded[i, j], (query, document)
+                assert closed[i, j], (query, document)
             elif not same_set:
-                assert not batch.excluded[i, j], (query, document)
+                assert not closed[i, j], (query, document)
     for part, one in enumerate(own):
         chosen = [j for j in range(len(batch.documents)) if (int(batch.owner[j]) < count) == (part == 0)]
         assert [batch.documents[j] for j in chosen] == one.documents
         rows_of = slice(0, count) if part == 0 else slice(count, None)
-        assert (batch.excluded[rows_of][:, chosen] | ~one.excluded).all()
+        assert (closed[rows_of][:, chosen] | ~closed_of(one)).all()
         assert torch.equal(batch.owner[chosen] - (0 if part == 0 else count), one.owner)
 
 

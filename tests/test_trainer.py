@@ -117,7 +117,7 @@ def test_our_loss_follows_sentence_transformers_for_thirty_steps(tmp_path: Path)
     peer.train()
     for step in range(steps):
         batch = source.batch(step, size)
-        assert not batch.excluded.any()  # the peer masks nothing
+        assert not len(batch.excluded)  # the peer masks nothing
         value = loss([peer.preprocess(batch.queries), peer.preprocess(batch.documents)], None)
         theirs.append(value.item())
         value.backward()

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from kinvec.files import Table
+from kinvec.losses import pairs
 from kinvec.sampling.order import drawn, steps_of
 from kinvec.sampling.settings import DataSettings
 
@@ -28,11 +28,12 @@ class TextBatch:
     documents: ClassVar[Sequence[str]] = ()
 
     @property
-    def duplicates(self) -> Bool[Tensor, "n n"]:
-        """Which other texts of the batch are the same text: no negatives of each other."""
-        numbers = torch.tensor([self.queries.index(text) for text in self.queries])
-        same = numbers[:, None] == numbers[None, :]
-        return same & ~torch.eye(len(numbers), dtype=torch.bool)
+    def duplicates(self) -> Int[Tensor, "e 2"]:
+        """Places of two texts of the batch that are the same text: no negatives of each other."""
+        places: dict[str, list[int]] = {}
+        for place, text in enumerate(self.queries):
+            places.setdefault(text, []).append(place)
+        return pairs([[other for other in places[text] if other != own] for own, text in enumerate(self.queries)])
 
 
 @dataclass(frozen=True)

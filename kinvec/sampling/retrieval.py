@@ -5,19 +5,20 @@ Shapes: B = queries of the batch, N = its documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kinvec.console import say
 from kinvec.contracts import Corpus, Example, KinvecError, RetrievalData
 from kinvec.files import Table, exact_key, text_key, text_keys
+from kinvec.losses import pairs
 from kinvec.sampling.order import drawn, steps_of
 from kinvec.sampling.settings import DataSettings
 
@@ -26,16 +27,16 @@ from kinvec.sampling.settings import DataSettings
 class PairBatch:
     """B queries against N documents: row i's positive is document `targets[i]`; hard negatives follow the positives.
 
-    `excluded[i, j]` is True where document j is no negative for query i although it is not its target: it is another
-    known positive, a duplicate of one, or the query's own text. `owner[j]` is the row that brought document j, and
-    `scores[j]` what the data say of the two: a grade, or a teacher's score. `where` are the places of the rows in their
-    files, where they have one.
+    A row (i, j) of `excluded` says that document j is no negative for query i although it is not its target: it is
+    another known positive, a duplicate of one, or the query's own text. `owner[j]` is the row that brought document j,
+    and `scores[j]` what the data say of the two: a grade, or a teacher's score. `where` are the places of the rows in
+    their files, where they have one.
     """
 
     queries: list[str]
     documents: list[str]
     targets: Int[Tensor, " B"]
-    excluded: Bool[Tensor, "B N"]
+    excluded: Int[Tensor, "e 2"]
     owner: Int[Tensor, " N"]
     weights: Float[Tensor, " B"]
     scores: Float[Tensor, " N"]
@@ -194,14 +195,13 @@ def join(batches: Sequence[PairBatch], known: Sequence[KnownPositives]) -> PairB
     columns = [(place, column) for place, size in enumerate(sizes) for column in range(size)] + hard
     documents = [batches[place].documents[column] for place, column in columns]
     queries = [query for batch in batches for query in batch.queries]
-    excluded = _same_texts(queries, documents, known)
+    no_negatives = _same_texts(queries, documents, known)
+    number = {column: number for number, column in enumerate(columns)}
     for place, (batch, start) in enumerate(zip(batches, starts, strict=True)):
-        own = [number for number, (of, _) in enumerate(columns) if of == place]  # in the order of the batch itself
-        excluded[start : start + sizes[place], own] |= batch.excluded
-    targets = torch.arange(len(queries))
-    excluded[targets, targets] = False
+        for row, column in batch.excluded.tolist():
+            no_negatives[start + row].add(number[place, column])
     return PairBatch(
-        queries, documents, targets, excluded,
+        queries, documents, torch.arange(len(queries)), pairs([sorted(some) for some in no_negatives]),
         owner=torch.tensor([starts[place] + int(batches[place].owner[column]) for place, column in columns]),
         weights=torch.cat([batch.weights for batch in batches]),
         scores=torch.tensor([float(batches[place].scores[column]) for place, column in columns]),
@@ -210,13 +210,25 @@ def join(batches: Sequence[PairBatch], known: Sequence[KnownPositives]) -> PairB
     )  # fmt: skip
 
 
-def _same_texts(
-    queries: Sequence[str], documents: Sequence[str], known: Sequence[KnownPositives]
-) -> Bool[Tensor, "B N"]:
-    """Where a document's text is the query's own or one of its known positives."""
-    texts = text_keys(documents)
-    rows = [np.concatenate([[key], *(one.of(int(key)) for one in known)]) for key in text_keys(queries)]
-    return torch.from_numpy(np.stack([np.isin(texts, row) for row in rows]))
+def _same_texts(queries: Sequence[str], documents: Sequence[str], known: Sequence[KnownPositives]) -> list[set[int]]:
+    """Of each query, the documents but its own whose text is the query's or one of its known positives."""
+    columns = _columns(text_keys(documents))
+    keys = [{key, *(other for one in known for other in one.of(key).tolist())} for key in text_keys(queries).tolist()]
+    return [_found(some, columns, row) for row, some in enumerate(keys)]
+
+
+def _columns(*keys: Int[np.ndarray, " N"]) -> dict[int, list[int]]:
+    """Where documents have which key."""
+    columns: dict[int, list[int]] = {}
+    for column, some in enumerate(zip(*(part.tolist() for part in keys), strict=True)):
+        for key in some:
+            columns.setdefault(key, []).append(column)
+    return columns
+
+
+def _found(keys: set[int], columns: Mapping[int, Sequence[int]], own: int) -> set[int]:
+    """The documents with one of the keys, but for the own positive."""
+    return {column for key in keys for column in columns.get(key, ())} - {own}
 
 
 def _choose(available: int, settings: DataSettings, draw: np.random.Generator) -> Sequence[int]:
@@ -230,20 +242,12 @@ def _choose(available: int, settings: DataSettings, draw: np.random.Generator) -
 
 def _excluded(
     examples: Sequence[Example], texts: Sequence[str], ids: Sequence[str], known: KnownPositives
-) -> Bool[Tensor, "B N"]:
-    columns: dict[int, list[int]] = {}
-    for keys in (text_keys(texts), id_keys(ids)):
-        for column, key in enumerate(keys.tolist()):
-            columns.setdefault(key, []).append(column)
-    query_texts, query_ids = text_keys([e.query for e in examples]), id_keys([e.query_id for e in examples])
-    excluded = torch.zeros(len(examples), len(texts), dtype=torch.bool)
-    for row in range(len(examples)):
-        masked = {int(query_texts[row])}  # a document that is the query's own text is no negative
-        masked.update(known.of(int(query_texts[row])).tolist(), known.of(int(query_ids[row])).tolist())
-        hits = [column for key in masked for column in columns.get(key, ())]
-        excluded[row, hits] = True
-        excluded[row, row] = False
-    return excluded
+) -> Int[Tensor, "e 2"]:
+    columns = _columns(text_keys(texts), id_keys(ids))
+    by_text, by_id = text_keys([e.query for e in examples]).tolist(), id_keys([e.query_id for e in examples]).tolist()
+    # a document that is the query's own text is no negative
+    keys = [{text, *known.of(text).tolist(), *known.of(own).tolist()} for text, own in zip(by_text, by_id, strict=True)]
+    return pairs([sorted(_found(some, columns, row)) for row, some in enumerate(keys)])
 
 
 def as_retrieval(table: Table, examples: Int[np.ndarray, " E"], distractors: int, name: str) -> RetrievalData:
