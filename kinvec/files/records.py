@@ -293,13 +293,15 @@ def delimited_records(
 def parquet_records(path: Path, name: str, columns: list[str] | None) -> Iterator[Record]:
     """Rows of a Parquet file, of the named columns only; the "line" is the row, counted from 1."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     row = 0
     try:
-        for batch in parquet_batches(path, name, columns):
-            for record in batch.to_pylist():
-                row += 1
-                yield row, record
+        with pq.ParquetFile(path) as file:
+            for batch in parquet_batches(file, path, name, columns):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield row, record
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         what = str(error).splitlines()[0]
         raise DataError(
@@ -307,29 +309,27 @@ def parquet_records(path: Path, name: str, columns: list[str] | None) -> Iterato
         ) from None
 
 
-def parquet_batches(path: Path, name: str, columns: list[str] | None = None) -> Iterator[Any]:
-    """The record batches of a Parquet file, of the named columns (of those that are there) or of all.
+def parquet_batches(file: Any, path: Path, name: str, columns: list[str] | None = None) -> Iterator[Any]:
+    """The record batches of the `pq.ParquetFile` at `path`, of the named columns (of those that are there) or of all.
 
     A dictionary holds a long cell once, however many rows have it. Raises `DataError` for a file that unfolds to more
     than `MOST_UNFOLDING` times its own size (and `MOST_UNFOLDED`), and for a cell longer than `LONGEST`.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        there = [c for c in columns if c in file.schema_arrow.names] if columns else None
-        _refuse_long_cells(file.metadata, name)
-        left = max(MOST_UNFOLDED, MOST_UNFOLDING * path.stat().st_size)
-        for group in range(file.metadata.num_row_groups):
-            rows = max(1, min(1024, LONGEST // _longest_shared(path, file.metadata, group, there)))
-            for folded in file.iter_batches(rows, row_groups=[group], columns=there):
-                cells = [column.cast(_unfolded(column.type)) for column in folded.columns]
-                batch = pa.RecordBatch.from_arrays(cells, names=folded.schema.names)
-                left -= batch.nbytes
-                if left < 0:
-                    what = "the rows unfold to a thousand times the bytes of the file"
-                    raise DataError("length", name, 0, what, "write it again, without cells that repeat that often")
-                yield batch
+    there = [c for c in columns if c in file.schema_arrow.names] if columns else None
+    _refuse_long_cells(file.metadata, name)
+    left = max(MOST_UNFOLDED, MOST_UNFOLDING * path.stat().st_size)
+    for group in range(file.metadata.num_row_groups):
+        rows = max(1, min(1024, LONGEST // _longest_shared(path, file.metadata, group, there)))
+        for folded in file.iter_batches(rows, row_groups=[group], columns=there):
+            cells = [column.cast(_unfolded(column.type)) for column in folded.columns]
+            batch = pa.RecordBatch.from_arrays(cells, names=folded.schema.names)
+            left -= batch.nbytes
+            if left < 0:
+                what = "the rows unfold to a thousand times the bytes of the file"
+                raise DataError("length", name, 0, what, "write it again, without cells that repeat that often")
+            yield batch
 
 
 def _unfolded(kind: Any) -> Any:

@@ -105,11 +105,10 @@ def _checked(folder: Path, head: dict[str, Any]) -> Result:
 def _read_table(path: Path) -> dict[str, list[Any]]:
     """The columns of a table. Raises `KinvecError` where it would unfold beyond what a result can be."""
     with pq.ParquetFile(path) as file:
-        schema, rows = file.schema_arrow, file.metadata.num_rows
-    if rows > MOST_ROWS:
-        raise KinvecError(f"{path}: more rows than a result has; evaluate again")
-    batches = list(parquet_batches(path, str(path)))
-    return (pa.Table.from_batches(batches) if batches else schema.empty_table()).to_pydict()
+        if file.metadata.num_rows > MOST_ROWS:
+            raise KinvecError(f"{path}: more rows than a result has; evaluate again")
+        batches = list(parquet_batches(file, path, str(path)))
+        return (pa.Table.from_batches(batches) if batches else file.schema_arrow.empty_table()).to_pydict()
 
 
 def load_results(folder: str | Path) -> dict[str, Result]:
