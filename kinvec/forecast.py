@@ -207,12 +207,16 @@ def _affordable(most: int, whole: int, seconds: float, run: Callable[[Pack], flo
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk as measured: its texts' lengths, seconds without gradients and with, bytes that its graph holds."""
+    """A chunk as measured: its texts' lengths, seconds without gradients and with, bytes that its graph holds.
+
+    `most` are the bytes that were in use meanwhile, all in all.
+    """
 
     lengths: tuple[int, ...]
     forward: float
     both: float
     saved: int
+    most: int
 
 
 def training(embedder: Embedder, source: Mixture, settings: TrainerSettings) -> dict[str, Any]:
@@ -228,8 +232,7 @@ def training(embedder: Embedder, source: Mixture, settings: TrainerSettings) -> 
         per_token, budget = bytes_and_budget(embedder, source, settings)
         steps, drawing = _steps(embedder, source, settings, total)
         before = held(embedder.device)
-        with peak(embedder.device) as most:
-            chunks = _chunks(embedder, steps, settings, total)
+        small, chunks = _chunks(embedder, steps, settings, total)
         optimizing, gradients, moments = _optimizer(embedder, settings)
         embedder.zero_grad(set_to_none=True)
         scoring, scored = _loss(embedder, steps[0][0])
@@ -239,7 +242,7 @@ def training(embedder: Embedder, source: Mixture, settings: TrainerSettings) -> 
     step = {"drawing": drawing, "model": float(np.mean(seconds)), "loss": scoring, "optimizer": optimizing}
     fixed = {"process": before, "gradients": gradients, "moments": moments}
     predicts = steps[0][0].objective.ask is not None
-    memory = fixed | _activations(chunks, shapes, most[0] - before - gradients, scored, predicts)
+    memory = fixed | _activations(small, chunks, shapes, before + gradients, scored, predicts)
     if embedder.device.type == "cpu" and embedder.precision == "bf16":
         passes = total * float(np.mean([len(kept) + 2 * len(again) for kept, again in shapes]))
         memory["compiled"] = min(int(passes * COMPILED), COMPILED_AT_MOST)
@@ -271,17 +274,21 @@ def _shape(asked: Step, lengths: np.ndarray, chunk_tokens: int, per_token: float
 
 
 def _activations(
-    chunks: Sequence[Chunk], shapes: Sequence[Shape], seen: int, scored: int, one_by_one: bool
+    small: Chunk, chunks: Sequence[Chunk], shapes: Sequence[Shape], fixed: int, scored: int, one_by_one: bool
 ) -> dict[str, int]:
     """Bytes of the graphs that a step holds at once, and of what comes and goes beside them or in its loss.
 
-    `seen` is what the measured chunks, one at a time, needed at most; `scored` what the loss needed.
+    The latter grows with a chunk from what a `small` one needed. `fixed` was in use all the time; the loss needs
+    `scored`.
     """
     graph = fitted([(one.lengths, float(one.saved)) for one in chunks])
     largest = max(1, *(one.saved for one in chunks))
     longest = max(_largest(graph, [*kept, *again]) for kept, again in shapes)  # it may have been too slow to try
     graphs = longest if one_by_one else max(sum(map(graph.of, kept)) + _largest(graph, again) for kept, again in shapes)
-    working = max(seen - largest, 0) * max(longest / largest, 1)
+    beside_small, beside = small.most - fixed - small.saved, max(one.most for one in chunks) - fixed - largest
+    apart = largest > 2 * small.saved  # else the two cannot tell how it grows
+    grows = (beside - beside_small) / (largest - small.saved) if apart else beside / largest
+    working = beside + max(grows, 0) * max(longest - largest, 0)
     return {"graphs": int(graphs), "working": max(int(working), scored)}
 
 
@@ -306,12 +313,16 @@ def _steps(
 
 def _chunks(
     embedder: Embedder, steps: Sequence[tuple[Step, np.ndarray]], settings: TrainerSettings, total: int
-) -> list[Chunk]:
-    """Chunks of real steps as measured, from the shortest texts to the longest, of several steps where one has few."""
+) -> tuple[Chunk, list[Chunk]]:
+    """Chunks of real steps as measured, from the shortest texts to the longest, of several steps where one has few.
+
+    Before them a small one: a process keeps what a larger one has taken.
+    """
+    warm: list[Chunk] = []
 
     def run(texts: Pack) -> float:
-        one = _measured(embedder, first, texts)
-        return one.forward + one.both
+        warm.append(_measured(embedder, first, texts))
+        return warm[-1].forward + warm[-1].both
 
     first, whole = steps[0][0], int(total * np.mean([lengths.sum() for _, lengths in steps]))
     small = step_chunks(embedder, tokenized(embedder, first), min(WARM_TOKENS, settings.chunk_tokens))[0]
@@ -323,7 +334,7 @@ def _chunks(
         if len(chosen) >= POINTS:
             break
     _measured(embedder, *chosen[-1])  # memory that is fresh is slower
-    return [_measured(embedder, *one) for one in chosen[:POINTS]]
+    return warm[-1], [_measured(embedder, *one) for one in chosen[:POINTS]]
 
 
 def _without_rests(parts: Sequence[Pack]) -> list[Pack]:
@@ -336,26 +347,30 @@ def _measured(embedder: Embedder, asked: Step, texts: Pack) -> Chunk:
     if asked.objective.ask:
         return _measured_cloze(embedder, asked, texts)
     embed = in_precision(embedder, embedder)
-    begun = time.perf_counter()
-    with torch.no_grad():
-        embed(texts)
-    forward = time.perf_counter() - begun
-    begun = time.perf_counter()
-    with saving(embedder) as saved:
-        vectors = embed(texts)
-    vectors.backward(torch.full_like(vectors, 1e-3))
-    return Chunk(texts.lengths, forward, time.perf_counter() - begun, sum(saved.values()))
+    with peak(embedder.device) as most:
+        begun = time.perf_counter()
+        with torch.no_grad():
+            embed(texts)
+        forward = time.perf_counter() - begun
+        begun = time.perf_counter()
+        with saving(embedder) as saved:
+            vectors = embed(texts)
+        vectors.backward(torch.full_like(vectors, 1e-3))
+        both = time.perf_counter() - begun
+    return Chunk(texts.lengths, forward, both, sum(saved.values()), most[0])
 
 
 def _measured_cloze(embedder: Embedder, asked: Step, texts: Pack) -> Chunk:
     """Of an objective that predicts tokens; no chunk of it is ever run again."""
     assert asked.objective.ask is not None
-    begun = time.perf_counter()
-    cloze = asked.objective.ask(embedder.tokenizer, texts)
-    with saving(embedder) as saved:
-        masking.backward(in_precision(embedder, embedder.backbone), in_precision(embedder, embedder.language), [cloze])
-    both = time.perf_counter() - begun
-    return Chunk(texts.lengths, both / 3, both, sum(saved.values()))
+    backbone, head = (in_precision(embedder, part) for part in (embedder.backbone, embedder.language))
+    with peak(embedder.device) as most:
+        begun = time.perf_counter()
+        cloze = asked.objective.ask(embedder.tokenizer, texts)
+        with saving(embedder) as saved:
+            masking.backward(backbone, head, [cloze])
+        both = time.perf_counter() - begun
+    return Chunk(texts.lengths, both / 3, both, sum(saved.values()), most[0])
 
 
 def _optimizer(embedder: Embedder, settings: TrainerSettings) -> tuple[float, int, int]:

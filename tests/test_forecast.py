@@ -19,8 +19,10 @@ from kinvec.config import load
 from kinvec.embedder import Embedder
 from kinvec.forecast import (
     WARM_TOKENS,
+    Chunk,
     Cost,
     StandIn,
+    _activations,
     _affordable,
     _without_rests,
     evaluation,
@@ -76,6 +78,21 @@ def test_the_rest_of_a_step_stands_for_none_of_its_chunks() -> None:
     parts = [pack(tokens, rows) for rows in ([0, 1, 2], [3], [4])]
     assert _without_rests(parts) == parts[:2]
     assert _without_rests(parts[2:]) == parts[2:]
+
+
+@pytest.mark.parametrize(("small", "working"), [(100, 500 + 2 * 8_000), (800, (500 + 2 * 1_000) * 8)])
+def test_what_comes_and_goes_beside_the_graphs_grows_as_measured(small: int, working: int) -> None:
+    """500 bytes and 2 a token, beside graphs of 10 a token; two chunks of about one size cannot tell the 500 apart."""
+
+    def measured(tokens: int) -> Chunk:
+        return Chunk((100,) * (tokens // 100), 1.0, 3.0, saved=10 * tokens, most=7_000 + 500 + 12 * tokens)
+
+    chunks = [measured(1_000)] * 2
+    found = _activations(measured(small), chunks, [([[100] * 80, [100] * 40], [])], 7_000, 300, one_by_one=False)
+    assert found == pytest.approx({"graphs": 120_000, "working": working}, abs=1)
+    assert (
+        _activations(measured(small), chunks, [([[100] * 5], [])], 7_000, 10**6, one_by_one=False)["working"] == 10**6
+    )
 
 
 def test_the_peak_is_the_most_that_was_held_meanwhile() -> None:
