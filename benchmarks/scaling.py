@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import MODEL
+from arms import MODEL, SHARED
 
 HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data"))
 LENGTH = 16  # tokens a text
 BATCHES, CORPORA, TEXTS = (64, 256, 1024, 4096), (10_000, 100_000, 1_000_000), (512, 2048)
 QUERIES, BEST, DIMENSIONS = 1000, 100, 384

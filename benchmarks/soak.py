@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -22,11 +21,10 @@ from typing import Any
 
 import numpy as np
 import psutil
-from arms import MODEL
+from arms import MODEL, SHARED
 from scipy import stats
 
 HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data"))
 DOCUMENTS, PAIRS = 300, 64
 
 

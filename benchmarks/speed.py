@@ -28,12 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import BATCH, LONG, MODEL, SHORT, read_rows
+from arms import BATCH, LONG, MODEL, SHARED, SHORT, read_rows, scifact_pairs
 
 from kinvec.machine import multiplies_bf16
 
 HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("KINVEC_SHARED_DATA", HERE.parents[1] / "shared" / "data"))
 ROOF_SHAPES = ((2048, 2048, 2048), (4096, 384, 1536))
 WORDS_A_TOKEN = 0.65  # of SciFact's abstracts in MiniLM's tokens
 LAYERS, WIDTH, PARAMETERS = 6, 384, 10.62e6  # of MiniLM-L6 without embeddings: what a token multiplies
@@ -46,24 +45,20 @@ def texts_and_pairs(folder: Path, limit: int | None) -> tuple[Path, Path, Path, 
     """Files of documents to encode, of texts of mixed length, and of pairs to train on: SciFact's, else docstrings."""
     texts, mixed, pairs = (folder / f"{name}.jsonl" for name in ("texts", "mixed", "pairs"))
     if (SHARED / "scifact").is_dir():
-        from kinvec.files import open_data, open_retrieval
+        from kinvec.files import open_retrieval
 
-        corpus = open_retrieval(SHARED / "scifact").corpus.texts
-        table = open_data(SHARED / "scifact")
-        examples = [table.example(row) for row in range(len(table))]
-        rows = [(e.query, text) for e in examples for text in e.positives]
-        name = "SciFact"
+        corpus, rows, name = open_retrieval(SHARED / "scifact").corpus.texts, scifact_pairs(), "SciFact"
     else:
         from kinvec.docstrings import PACKAGES, collect
 
         found = collect(PACKAGES)
-        rows = [(pair.query, pair.document) for pair in found]
+        rows = [{"query": pair.query, "pos_doc": pair.document} for pair in found]
         corpus, name = [pair.document for pair in found], "docstrings"
     chosen = list(corpus)[:limit] if limit else list(corpus)
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen), "utf-8")
     cut = (" ".join(text.split()[:words]) for text, words in zip(corpus, mixed_words(), strict=False))
     mixed.write_text("".join(json.dumps({"text": text}) + "\n" for text in cut), "utf-8")
-    pairs.write_text("".join(json.dumps({"query": q, "pos_doc": d}) + "\n" for q, d in rows[:4000]), "utf-8")
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows[:4000]), "utf-8")
     return texts, mixed, pairs, f"{name}: {len(chosen):,} texts"
 
 
@@ -127,7 +122,7 @@ def token_counts(source: Path, *columns: str) -> np.ndarray:
     from kinvec.backbone import find_model
 
     tokenizer = AutoTokenizer.from_pretrained(find_model(MODEL))
-    texts = [row[column] for row in read_rows(str(source)) for column in columns]
+    texts = [row[column] for row in read_rows(source) for column in columns]
     return np.array([len(row) for row in tokenizer(texts, truncation=True, max_length=256)["input_ids"]])
 
 
