@@ -14,6 +14,7 @@ from test_tasks import Words
 from kinvec import Embedder, tasks
 from kinvec.cli import load_verb
 from kinvec.contracts import KinvecError, RecipeError
+from kinvec.tasks.further import TaskSettings, open_named
 from kinvec.verbs.evaluate import evaluate
 
 DOCUMENTS = {"d1": "The cat sat on the mat.", "d2": "Stock markets fell.", "d3": "Rivers flow to the sea."}
@@ -82,6 +83,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(beir: Path, tmp_path: Pa
             "train.csv beside test.csv",
             {"model": MINILM, "data": tmp_path / "labels.csv", "task": "classification"},
         ),
+        (RecipeError, "--column go with --model", {"embeddings": beir, "columns": {"query": "question"}}),
         (RecipeError, "there is no task 'nli'", {"model": MINILM, "data": beir, "task": "nli"}),
         (RecipeError, "--task reranking goes with --model", {"embeddings": beir, "task": "reranking"}),
         (KinvecError, "no such file", {"model": MINILM, "data": tmp_path / "absent"}),
@@ -100,6 +102,23 @@ def test_the_command_prints_a_table_and_json(beir: Path, tmp_path: Path, capsys:
     told = json.loads(capsys.readouterr().out)
     assert told["metrics"]["R@10"] == 0.5 and told["queries"] == 2
     assert told["metrics"] == json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+
+
+def test_columns_of_other_names_are_named(tmp_path: Path, main: Callable[..., tuple[int, str]]) -> None:
+    asked = [("rivers", "Rivers flow to the sea."), ("markets", "Stock markets fell.")]
+    (tmp_path / "faq.csv").write_text("Frage,Antwort\n" + "".join(f"{a},{b}\n" for a, b in asked))
+    data, named = str(tmp_path / "faq.csv"), ("--column", "query=Frage", "--column", "pos_doc=Antwort")
+    code, said = main("evaluate", "--model", "bm25", "--data", data)
+    assert code == 1 and "say which is which, by name or number from 0: --column query=NAME" in said
+    for more in ((), ("--task", "retrieval"), ("--split", "test", "--split", "test")):
+        code, said = main("evaluate", "--model", "bm25", "--data", data, *more, *named)
+        assert code == 0 and "2 queries" in said
+    code, said = main("check", data, *named)
+    assert "faq.csv: retrieval" in said
+    code, said = main("evaluate", "--model", "bm25", "--data", data, "--column", "Frage")
+    assert code == 2 and "--column Frage names no column; write ROLE=NAME" in said
+    task = TaskSettings(data=data, columns={"query": "Frage", "pos_doc": "Antwort"})
+    assert open_named("tasks", "faq", task).kind == "retrieval"
 
 
 def test_several_splits_are_scored_with_one_encoding_of_the_corpus(

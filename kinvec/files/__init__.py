@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from kinvec.files.arrow import ArrowStrings, cache_folder
 from kinvec.files.problems import DataError
+from kinvec.files.roles import named_columns
 from kinvec.files.searches import (
     TASKS,
     kind_of_pairs,
@@ -53,6 +54,7 @@ __all__ = [
     "exact_key",
     "has_split",
     "kind_of_pairs",
+    "named_columns",
     "normalise",
     "open_data",
     "open_pairs",

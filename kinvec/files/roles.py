@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -53,6 +53,7 @@ NEEDED = {
 ROLES = {role for aliases in ALIASES.values() for role in aliases}
 KNOWN_COLUMNS = {name for aliases in ALIASES.values() for names in aliases.values() for name in names}
 NLI_LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1, "": -1}  # no label: the annotators disagreed
+NAMING = "--column query=NAME (in a recipe: columns: {query: NAME})"
 KNOWN = "known are query and pos_doc; first, second and score; premise, hypothesis and label; text and label; text"
 
 
@@ -97,6 +98,13 @@ def sample_of(path: Path, name: str, form: Form) -> list[dict[str, Any]]:
     return found
 
 
+def named_columns(given: Sequence[str]) -> dict[str, str]:
+    """What a command line says of columns, `ROLE=NAME` each. Raises `RecipeError` for anything else."""
+    if wrong := next((pair for pair in given if "=" not in pair), None):
+        raise RecipeError(f"--column {wrong} names no column; write ROLE=NAME, for example --column query=question")
+    return dict(pair.split("=", 1) for pair in given)
+
+
 def checked_columns(columns: Mapping[str, Any] | None) -> dict[str, tuple[str, ...]]:
     """Role → column names, from what a user wrote: a name, several joined by '+', or a list of them."""
     given = {}
@@ -139,7 +147,7 @@ def roles_of(
         name,
         1,
         f"the columns are {have}, but {wanted}",
-        "rename them, or say which is which in columns: {query: …}",
+        f"rename them, or say which is which: {NAMING}",
     )
 
 
@@ -169,5 +177,5 @@ def _by_shape(name: str, sample: list[dict[str, Any]], kind: str | None) -> dict
         name,
         1,
         f"the first line names no known column ({KNOWN})",
-        "add a header line, or count the columns from 0: columns: {text: 0}",
+        f"add a header line, or say which is which, by name or number from 0: {NAMING}",
     )

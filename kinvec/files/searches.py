@@ -167,7 +167,7 @@ def open_problem(
     """
     if task is not None and task not in TASKS:
         raise RecipeError(f"there is no task '{task}'; there are {', '.join(TASKS)}")
-    kind = TASKS[task] if task else detect_kind(source, split=split)
+    kind = TASKS[task] if task else detect_kind(source, split=split, columns=columns)
     if kind not in OPENERS:
         raise KinvecError(
             f"{source} holds {kind}, which cannot be scored; give judged queries and documents, scored pairs, or "

@@ -107,7 +107,7 @@ def open_data(
     )
 
 
-def detect_kind(source: str | Path, *, split: str = "train") -> str:
+def detect_kind(source: str | Path, *, split: str = "train", columns: Mapping[str, Any] | None = None) -> str:
     """`retrieval`, `pairs`, `labelled` or `texts`, by content."""
     folder = Path(source).expanduser()
-    return "retrieval" if beir.is_beir(folder) else plan_of(str(source), split, None, None).kind
+    return "retrieval" if beir.is_beir(folder) else plan_of(str(source), split, None, columns).kind

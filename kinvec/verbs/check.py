@@ -87,6 +87,7 @@ def command(
 ) -> None:
     """Examine training data: what is wrong with it, where, and the remedy. Exit code 1 if training would be wrong."""
     from kinvec.doctor import to_json
+    from kinvec.files import named_columns
 
     found = check(
         *sources,
@@ -94,7 +95,7 @@ def command(
         evaluation=evaluation,
         split=split,
         kind=kind,
-        columns=_columns(column),
+        columns=named_columns(column or ()),
         skip_bad=skip_bad,
         write=write,
     )
@@ -105,13 +106,6 @@ def command(
             show(checked, write)
     if any(checked.wrong for checked in found):
         raise typer.Exit(1)
-
-
-def _columns(given: list[str] | None) -> dict[str, str] | None:
-    for pair in given or []:
-        if "=" not in pair:
-            raise RecipeError(f"--column {pair} names no column; write ROLE=NAME, for example --column query=question")
-    return {role: name for role, name in (pair.split("=", 1) for pair in given)} if given else None
 
 
 def show(checked: Checked, written: Path | None = None) -> None:

@@ -21,6 +21,7 @@ def evaluate(
     *,
     split: str = "test",
     task: str | None = None,
+    columns: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     embeddings: str | Path | None = None,
     measures: Sequence[str] = (),
@@ -34,14 +35,15 @@ def evaluate(
 ) -> Result:
     """Evaluate `model` on `data`: retrieval (BEIR folder, examples), pairs or labelled texts, whichever it is.
 
-    `task`, a key of `files.TASKS`, says it where the data leave a choice: `reranking`, `clustering`, …. `model` is an
-    encoder of your own, or, with `prompts` and `api_model`, a name that `encoders.open_encoder` knows: a model
-    of ours, one that sentence-transformers opens (`st:NAME`), or one on a server (`https://HOST/v1`); `bm25` is the
-    lexical baseline by itself. With `embeddings`, a folder that `kinvec embed` wrote, its vectors are scored instead of
-    a model, by the judgements of `data` or by its own. `measures` default to the task's own. With `cheaper` the result
-    also says what fewer dimensions (`dimensions`: which) and bits cost (`tasks.cheaper`). With `out` the result is
-    written there. Raises `RecipeError` for arguments that do not go together and `KinvecError` for what is wrong with
-    data or model, before anything is encoded.
+    `task`, a key of `files.TASKS`, says it where the data leave a choice: `reranking`, `clustering`, …; `columns` are
+    role → column, where columns have other names. `model` is an encoder of your own, or, with `prompts` and
+    `api_model`, a name that `encoders.open_encoder` knows: a model of ours, one that sentence-transformers opens
+    (`st:NAME`), or one on a server (`https://HOST/v1`); `bm25` is the lexical baseline by itself. With `embeddings`, a
+    folder that `kinvec embed` wrote, its vectors are scored instead of a model, by the judgements of `data` or by its
+    own. `measures` default to the task's own. With `cheaper` the result also says what fewer dimensions (`dimensions`:
+    which) and bits cost (`tasks.cheaper`). With `out` the result is written there. Raises
+    `RecipeError` for arguments that do not go together and `KinvecError` for what is wrong with data or model, before
+    anything is encoded.
     """
     from kinvec import tasks
     from kinvec.contracts import RecipeError, one_sentence
@@ -50,8 +52,8 @@ def evaluate(
 
     if (model is None) == (embeddings is None):
         raise RecipeError("evaluate takes either --model NAME or --embeddings FOLDER; give one of them")
-    if embeddings is not None and (prompts or api_model):
-        raise RecipeError("vectors are there already: prompts and --api-model go with --model")
+    if embeddings is not None and (prompts or api_model or columns):
+        raise RecipeError("vectors are there already: prompts, --api-model and --column go with --model")
     if embeddings is not None and task not in (None, "retrieval"):
         raise RecipeError(f"vectors on disk are scored by judged queries; --task {task} goes with --model")
     if model is not None and data is None:
@@ -68,7 +70,7 @@ def evaluate(
     else:
         assert model is not None and data is not None
         result = _score_model(
-            model, _opened(data, split, task), measures, dimensions if cheaper else None,
+            model, _opened(data, split, task, columns), measures, dimensions if cheaper else None,
             precision=precision, device=device, prompts=prompts, api_model=api_model,
         )  # fmt: skip
     if out is not None:
@@ -76,11 +78,11 @@ def evaluate(
     return result
 
 
-def _opened(data: str | Path, split: str, task: str | None) -> Problem:
+def _opened(data: str | Path, split: str, task: str | None, columns: Mapping[str, Any] | None) -> Problem:
     from kinvec.console import say
     from kinvec.files import open_problem
 
-    problem = open_problem(data, split=split, task=task)
+    problem = open_problem(data, split=split, task=task, columns=columns)
     if problem.kind == "clustering" and task is None:
         say(f"{data} has no split train to learn classifiers from: its texts are clustered")
     return problem
@@ -199,6 +201,9 @@ def command(
             "leave a choice."
         ),
     ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=NAME", help="A column by another name, as in query=question.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write results.json and per_query.parquet into this folder.")] = None,
     embeddings: Annotated[Path | None, typer.Option(help="Score this folder of vectors instead of a model.")] = None,
     measure: Annotated[list[str] | None, typer.Option(help="A measure such as nDCG@10; may be repeated.")] = None,
@@ -210,8 +215,7 @@ def command(
         bool, typer.Option("--cheaper", help="Also measure fewer dimensions × float32, float16, int8, binary.")
     ] = False,
     dimension: Annotated[
-        list[int] | None,
-        typer.Option(help="Dimensions to try in --cheaper; may be repeated. Unset: those trained, or halves."),
+        list[int] | None, typer.Option(help="Tried by --cheaper; may be repeated. Unset: those trained, or halves.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, bf16, int8, or auto: bf16 where the hardware has it.")] = "auto",
@@ -225,10 +229,11 @@ def command(
     labelled 0 and 1 average precision, labelled texts accuracies, silhouette and v-measure.
     """
     from kinvec.encoders import named_prompts
+    from kinvec.files import named_columns
 
     results = _of_splits(
-        model, data, split or ["test"], task=task, out=out, embeddings=embeddings, measures=measure or (),
-        prompts=named_prompts(prompt or ()), api_model=api_model, cheaper=cheaper,
+        model, data, split or ["test"], task=task, columns=named_columns(column or ()), out=out, embeddings=embeddings,
+        measures=measure or (), prompts=named_prompts(prompt or ()), api_model=api_model, cheaper=cheaper,
         dimensions=dimension or (), precision=precision, device=device, threads=threads,
     )  # fmt: skip
     if as_json:
@@ -239,34 +244,32 @@ def command(
         return
     for result in results:
         show(result)
-        if result.cheaper:
-            show_cheaper(result.cheaper)
     if out is not None:
         print(f"written to {out}")
 
 
 def _of_splits(
-    model: str | None, data: str | None, splits: Sequence[str], *, task: str | None, out: Path | None, **settings: Any
+    model: str | None, data: str | None, splits: Sequence[str], *, out: Path | None, **settings: Any
 ) -> list[Result]:
     """The result of each split, of several in a folder of its own; the model is opened, and a corpus encoded, once."""
     from kinvec.encoders import Remembering, open_encoder
     from kinvec.files import open_problem
 
     if len(splits) == 1:
-        return [evaluate(model, data, split=splits[0], task=task, out=out, **settings)]
+        return [evaluate(model, data, split=splits[0], out=out, **settings)]
     encoder: Encoder | str | None = model
     if model is not None and data is not None:
         for split in splits:  # all of them are there, or nothing is begun
-            open_problem(data, split=split, task=task)
+            open_problem(data, split=split, task=settings["task"], columns=settings["columns"])
         if model.lower() != "bm25":
             opening = ("prompts", "api_model", "precision", "device")
             encoder = Remembering(open_encoder(model, **{name: settings[name] for name in opening}))
     places = {split: out / split if out is not None else None for split in dict.fromkeys(splits)}
-    return [evaluate(encoder, data, split=split, task=task, out=place, **settings) for split, place in places.items()]
+    return [evaluate(encoder, data, split=split, out=place, **settings) for split, place in places.items()]
 
 
 def show(result: Result) -> None:
-    """Print a result for a person: one row a metric, the model and the baselines beside each other."""
+    """Print a result for a person: one row a metric, the model and the baselines beside each other; cheaper vectors."""
     from rich.console import Console
 
     from kinvec.tasks import unit_of
@@ -285,6 +288,8 @@ def show(result: Result) -> None:
     Console().print(table)
     for metric, threshold in result.thresholds.items():
         print(f"{metric}: pairs with a cosine of {threshold:.4f} or more are taken for positive")
+    if result.cheaper:
+        show_cheaper(result.cheaper)
 
 
 def show_cheaper(found: dict[str, Any]) -> None:
