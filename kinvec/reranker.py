@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from jaxtyping import Float32
 from kinvec.backbone import fetch, quiet, resolve_device, resolve_precision
 from kinvec.batching import cut
 from kinvec.contracts import KinvecError
-from kinvec.files import content_fingerprint
+from kinvec.files import content_fingerprint, write_lines
 from kinvec.published import open_config, reading, weight_files
 
 PAIR_TOKENS = 8192  # of a batch, its padding not counted
@@ -84,9 +84,11 @@ def _relevance(logits: torch.Tensor) -> torch.Tensor:
 def remembering(judge: Judge, path: Path) -> Iterator[Judge]:
     """The judge, with what it said kept in a file, so that a killed run asks nothing twice.
 
-    The file has one JSON line a call, in order; it belongs to one run, whose calls are always the same.
+    The file has one JSON line a call, in order; it belongs to one run, whose calls are always the same. From a line on
+    that is half-written or damaged, the judge is asked again; a link in its place is replaced, and not written through.
     """
-    told = _complete_lines(path)
+    told = _said(path)
+    write_lines(path, map(json.dumps, told))
     with open(path, "a", encoding="utf-8") as file:
 
         def asked(query: str, documents: Sequence[str]) -> Float32[np.ndarray, " n"]:
@@ -100,11 +102,9 @@ def remembering(judge: Judge, path: Path) -> Iterator[Judge]:
         yield asked
 
 
-def _complete_lines(path: Path) -> deque[list[float]]:
-    """What the file says; a half-written last line is cut off."""
-    if not path.exists():
-        return deque()
-    whole, _, rest = path.read_text("utf-8").rpartition("\n")
-    if rest:
-        path.write_text(whole + "\n" if whole else "", "utf-8")
-    return deque(json.loads(line) for line in whole.splitlines())
+def _said(path: Path) -> deque[list[float]]:
+    found: deque[list[float]] = deque()
+    if path.is_file():
+        with open(path, "rb") as lines, suppress(ValueError, RecursionError):
+            found.extend(map(json.loads, lines))
+    return found

@@ -116,9 +116,10 @@ def restore_best(run: Path, embedder: Embedder, state: Progress) -> None:
 
 
 def keep_log(path: Path, step: int) -> None:
-    """Drop the log's lines after `step`, so that every step is there once; a half-written last line goes too."""
-    if not path.exists():
-        return
+    """Drop the log's lines after `step`, so that every step is there once; a half-written last line goes too.
+
+    The file is written anew, or empty where there is none: a link in its place is replaced, and not written through.
+    """
     write_lines(path, (json.dumps(row) for row in read_log(path) if row["step"] <= step))
 
 

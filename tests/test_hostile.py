@@ -235,6 +235,23 @@ def test_a_device_in_the_place_of_a_file_is_not_read(
             call()
 
 
+@pytest.mark.parametrize("foreign", ["[0.5]\n[0.", None], ids=["", "to nothing"])
+def test_a_link_in_the_place_of_a_file_that_grows_is_replaced(foreign: str | None, tmp_path: Path) -> None:
+    from kinvec.reranker import remembering
+    from kinvec.resuming import keep_log
+
+    target, log, said = (tmp_path / name for name in ("target", "log.jsonl", "reranker.jsonl"))
+    if foreign is not None:
+        target.write_text(foreign)
+    for path in (log, said):
+        path.symlink_to(target)
+    keep_log(log, 7)
+    with remembering(lambda query, documents: np.ones(len(documents), np.float32), said):
+        pass
+    assert not log.is_symlink() and not said.is_symlink() and log.is_file() and said.is_file()
+    assert (target.read_text() if target.exists() else None) == foreign
+
+
 def test_a_pipe_is_no_part_of_data(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "train.jsonl")
     with pytest.raises(KinvecError, match="no data file"):

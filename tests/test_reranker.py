@@ -71,6 +71,10 @@ def test_nothing_is_asked_twice_after_a_kill(tmp_path: Path) -> None:
         after = [again(query, ["x", "yy"]) for query in ("a", "bb", "ccc")]
     assert asked == ["a", "bb", "ccc"] and all((x == y).all() for x, y in zip(before, after, strict=False))
     assert len(path.read_text().splitlines()) == 3
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\n[\xff", 1))  # damaged
+    with remembering(judge, path) as mended:
+        assert [list(mended(query, ["x", "yy"])) for query in ("a", "bb", "ccc")] == [list(row) for row in after]
+    assert asked == ["a", "bb", "ccc", "bb", "ccc"] and len(path.read_text().splitlines()) == 3
 
 
 def test_the_limits_are_on_its_scores(tmp_path: Path, tiny_folder: Path, beir: Path, cross_encoder: Path) -> None:  # noqa: F811
