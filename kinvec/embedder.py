@@ -88,7 +88,7 @@ class Embedder(nn.Module):
         if embedder.precision == "bf16":
             to_bf16(embedder.backbone)
         if embedder.precision == "int8":
-            embedder.into_int8()
+            to_int8(embedder.backbone)
         else:
             fuse(embedder.backbone)
         embedder.loaded = (str(name_or_folder), embedder.precision, device, max_length)
@@ -221,14 +221,6 @@ class Embedder(nn.Module):
     def _autocast(self) -> AbstractContextManager[Any]:
         mixed = self.precision == "bf16" and next(self.backbone.parameters()).dtype == torch.float32
         return torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
-
-    def into_int8(self) -> None:
-        """From now on encode in int8, on the CPU. Raises `KinvecError` for another device, and for some architectures.
-
-        A model in training must not be turned so.
-        """
-        self.precision = resolve_precision("int8", self.device)
-        to_int8(self.backbone)
 
     def save(self, folder: str | Path) -> None:
         """Write the model folder, beside and renamed: one of ours of that name is replaced, never half-written.

@@ -19,7 +19,7 @@ import torch
 
 from kinvec import checkpoint, distributed, tasks
 from kinvec.adapters import add_lora, merge_lora, round_weights, shorten
-from kinvec.backbone import resolve_device, resolve_precision
+from kinvec.backbone import resolve_device, resolve_precision, to_int8
 from kinvec.card import write_card
 from kinvec.config import differences, dump, merged
 from kinvec.console import say
@@ -179,6 +179,8 @@ def open_model(recipe: Recipe) -> Embedder:
         raise RecipeError(f"trainer.shard spreads no base in {recipe.lora.base}; leave one of the two out")
     if recipe.lora.base != "fp32" and embedder.precision == "bf16":
         round_weights(embedder.backbone)
+    if embedder.precision == "int8":  # of a run that is searched: none is trained so
+        to_int8(embedder.backbone)
     return embedder.to(device)
 
 

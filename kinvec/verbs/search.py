@@ -88,9 +88,6 @@ def open_engines(
         raise KinvecError(f"{folder}: the run learned from {data.sets[0].table.kind}, so there is no corpus to search")
     models = {"base": recipe, "tuned": recipe.model_copy(update={"model": str(folder / "model"), "prompts": {}})}
     embedders = {side: open_model(models[side]) for side in SIDES}
-    for embedder in embedders.values():
-        if embedder.precision == "int8":
-            embedder.into_int8()
     return {side: _engine(folder / "search", embedders[side], searchable[0]) for side in SIDES}
 
 
