@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from tiny_models import WORDS, save_plain
 
 from kinvec.contracts import KinvecError
@@ -52,6 +53,17 @@ def test_the_answers_are_each_models_own(run: Path, precision: str) -> None:
         assert [answer["text"] for answer in found[side]] == [data[row]["text"] for row in best]
         assert [answer["score"] for answer in found[side]] == pytest.approx(scores[0][best].tolist(), abs=1e-5)
     assert found["base"] != found["tuned"]
+
+
+def test_a_run_that_held_its_base_in_bf16_is_searched_in_any_precision(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(run / "model")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    text = yaml.safe_dump(recipe | {"lora": {"rank": 4, "base": "bf16"}})
+    (tmp_path / "run" / "recipe.yaml").write_text(text)
+    for precision in ("fp32", "int8"):
+        found = verb.search(tmp_path / "run", "blood cell protein", precision=precision)
+        assert found == verb.search(run, "blood cell protein", precision=precision)
 
 
 def test_vectors_are_made_once_and_again_when_they_are_not_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

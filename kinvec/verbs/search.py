@@ -65,6 +65,7 @@ def open_engines(
     run: str | Path, *, precision: str | None = None, device: str | None = None, threads: int | None = None
 ) -> dict[str, Engine]:
     """Both models of a run with their vectors of its evaluation corpus; settings default to the run's own."""
+    from kinvec.adapters import LoraSettings
     from kinvec.contracts import KinvecError, RetrievalData
     from kinvec.machine import set_threads
     from kinvec.pipeline import open_model, open_run_data
@@ -76,7 +77,8 @@ def open_engines(
     if not (folder / "model" / "modules.json").is_file():
         raise KinvecError(f"{folder}: the run has no tuned model yet; run the same kinvec train again, it continues")
     own = load_recipe(folder / "recipe.yaml")
-    given = {"precision": precision, "device": device, "threads": threads}
+    # Nothing is trained, so adapters' bits ask for no precision.
+    given = {"precision": precision, "device": device, "threads": threads, "lora": LoraSettings()}
     recipe = own.model_copy(update={key: value for key, value in given.items() if value is not None})
     set_threads(recipe.threads)
     data = open_run_data(recipe)
