@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import psutil
+import torch
 from jaxtyping import Float, Float32, Int64
 from pydantic import Field
 
@@ -25,7 +26,7 @@ from kinvec.contracts import KinvecError, RetrievalData
 from kinvec.files import text_keys
 from kinvec.machine import forget, release_pages
 from kinvec.tasks.lexical import rankings
-from kinvec.topk import BEST_BYTES, CANDIDATE_BYTES, CROWD, FEW, QUERY_ROWS, pair_scores, top_k
+from kinvec.topk import BEST_BYTES, CANDIDATE_BYTES, CPU, CROWD, FEW, QUERY_ROWS, Best, pair_scores, top_k
 
 Judge = Callable[[str, Sequence[str]], np.ndarray]
 TEXTS_AT_ONCE = 65_536
@@ -137,7 +138,7 @@ def queries_at_once(memory: int, dimension: int, depth: int) -> int:
 
 def mine(
     data: RetrievalData, judged: Judged, queries: Float[np.ndarray, "q d"], shards: Sequence[np.ndarray],
-    settings: MiningSettings, judge: Judge | None = None, at_once: int = QUERIES_AT_ONCE,
+    settings: MiningSettings, judge: Judge | None = None, at_once: int = QUERIES_AT_ONCE, device: torch.device = CPU,
 ) -> Iterator[Mined]:  # fmt: skip
     """Negatives of the queries of `data.qrels`, in their order, with vectors of them and of the corpus [_, d].
 
@@ -154,7 +155,8 @@ def mine(
                 return judge(texts[query], [data.corpus.texts[row] for row in rows])
             return _scores(vectors[query - first], rows, shards)
 
-        dense = _search(vectors, shards, data.corpus.ids, deepest)
+        search = partial(_search, shards=shards, ids=data.corpus.ids, device=device)
+        dense = search(vectors, depth=deepest)
         lexical = np.full((len(group), 0), -1, dtype=np.int64)
         if settings.lexical:
             lexical = rankings(texts[group.start : group.stop], data.corpus, deepest)[1]
@@ -162,12 +164,12 @@ def mine(
             _chosen(query, judged, partial(score, query), dense[1][place], lexical[place], settings)
             for place, query in enumerate(group)
         ]
-        yield from found if judge else _filled(found, judged, vectors, shards, data.corpus.ids, settings)
+        yield from found if judge else _filled(found, judged, vectors, search, settings)
 
 
 def _filled(
-    found: list[Mined], judged: Judged, vectors: Float32[np.ndarray, "q d"], shards: Sequence[np.ndarray],
-    ids: Sequence[str], settings: MiningSettings,
+    found: list[Mined], judged: Judged, vectors: Float32[np.ndarray, "q d"], search: Callable[..., Best],
+    settings: MiningSettings,
 ) -> list[Mined]:  # fmt: skip
     """Where limits have left too few, the nearest documents below them, however deep: a second search for those."""
     few = [place for place, mined in enumerate(found) if mined.suspected and len(mined.negatives) < settings.negatives]
@@ -175,7 +177,7 @@ def _filled(
         return found
     ceilings = np.array([ceiling(min(found[place].positive_scores), settings) for place in few], dtype=np.float32)
     deepest = settings.negatives + max(len(judged.barred[found[place].query]) for place in few)
-    scores, rows = _search(vectors[few], shards, ids, deepest, ceilings)
+    scores, rows = search(vectors[few], depth=deepest, ceilings=ceilings)
     for place, own, near in zip(few, scores, rows, strict=True):
         free = (near >= 0) & ~np.isin(near, [*judged.barred[found[place].query], *found[place].negatives])
         more = np.flatnonzero(free & (own >= _floor(settings)))[: settings.negatives - len(found[place].negatives)]
@@ -189,9 +191,9 @@ def _filled(
 
 
 def _search(
-    vectors: Float32[np.ndarray, "q d"], shards: Sequence[np.ndarray], ids: Sequence[str], depth: int,
-    ceilings: Float32[np.ndarray, " q"] | None = None,
-) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:  # fmt: skip
+    vectors: Float32[np.ndarray, "q d"], shards: Sequence[np.ndarray], ids: Sequence[str], device: torch.device,
+    depth: int, ceilings: Float32[np.ndarray, " q"] | None = None,
+) -> Best:  # fmt: skip
     what = "searching" if ceilings is None else "searching below the limits"
     with progress(f"{what} for {len(vectors):,} queries", len(ids)) as bar:
 
@@ -199,7 +201,7 @@ def _search(
             bar.advance(rows)
             release_pages()  # an embedder keeps what it frees (see `machine.keep_pages`), and blocks are large
 
-        return top_k(vectors, shards, ids, depth, ceilings, told)
+        return top_k(vectors, shards, ids, depth, ceilings, told, device)
 
 
 def _chosen(

@@ -1,10 +1,10 @@
 """Exact top-k search in bounded memory: products choose candidates, float64 decides, ties in trec_eval's order.
 
 Blocks of queries and documents are multiplied in bf16 where the processor does that (a third of the time of float32),
-else, and below ceilings, in float32. A product is off by no more than its stated bound, so whatever could be among the
-k best by product plus bound is a candidate; candidates are scored again in float64, pair by pair, and rounded to
-float32. The last bits of a product depend on the processor, the threads and the shape of the block; rankings do not,
-and equal documents score equally.
+on a GPU in float16 where queries have length 1, else, and below ceilings, in float32. A product is off by no more than
+its stated bound, so whatever could be among the k best by product plus bound is a candidate; candidates are scored
+again in float64, pair by pair, and rounded to float32. The last bits of a product depend on the processor, the threads
+and the shape of the block; rankings do not, and equal documents score equally.
 
 The order is total: higher score first; among equal scores the id that is *greater* as a string first. That is how
 trec_eval, and pytrec_eval with it, reads a run (`comp_sim_docno` compares float32 scores, then document names in
@@ -25,24 +25,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from kinvec import distributed
 from kinvec.contracts import KinvecError
 from kinvec.machine import forget, multiplies_bf16
 
+CPU = torch.device("cpu")
+
 DOCUMENT_ROWS = 16_384  # b; a block of scores is at most QUERY_ROWS × DOCUMENT_ROWS, 16 MiB in bf16
 QUERY_ROWS = 512
+GPU_ROWS = 4  # times as many of both on a GPU: 256 MiB a block
 SIDE_BY_SIDE = 4  # groups of queries looked at at a time, at most: each holds a block of scores
 PAIR_ROWS = 16_384  # query-document pairs scored in float64 at a time
 CROWD, FEW = 4, 64  # a group holds so many times k candidates a query, FEW at the least, before they are thinned
 CANDIDATE_BYTES, BEST_BYTES = 20, 12  # two rows and a score; a row and a score
 FP32, TINY = float(np.finfo(np.float32).eps), float(np.finfo(np.float32).tiny)
 ROUNDED = {
-    torch.bfloat16: 1.01 * 2.0**-8,
-    torch.float32: FP32,
-}  # what rounding a number changes, as a share of the result
+    torch.bfloat16: (1.01 * 2.0**-8, 0.0),
+    torch.float16: (1.01 * 2.0**-11, 2.0**-24),
+    torch.float32: (FP32, 0.0),
+}  # what rounding a number changes, as a share of the result; and a result near zero, at most
+LONGEST = 2.0**15  # of a document in float16, so that no score overflows
 
 Best = tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]
 
@@ -50,27 +55,28 @@ Best = tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]
 def top_k(
     queries: Float[np.ndarray, "q d"], documents: Iterable[np.ndarray], ids: Sequence[str], k: int,
     ceilings: Float32[np.ndarray, " q"] | None = None, advance: Callable[[int], None] = lambda rows: None,
+    device: torch.device = CPU,
 ) -> Best:  # fmt: skip
     """The k documents with the largest inner product for each query, best first; with `ceilings`, of those up to them.
 
     `documents` are the shards [s, d] of one matrix in the order of `ids`: `[matrix]`, memory-mapped files, or a
-    generator that encodes as it goes; of a shard only one block of `DOCUMENT_ROWS` rows and its scores are held at a
-    time, and its candidates. `advance` is told the rows of every block. Of several processes each does a share of the
-    queries where the shards are files. Returns the scores and the rows' indices, both [q, min(k, n)]; minus infinity
-    and −1 where fewer are below the ceiling.
+    generator that encodes as it goes; of a shard only one block of rows and its scores are held at a time, and its
+    candidates. `advance` is told the rows of every block. Of several processes each does a share of the queries where
+    the shards are files. Products are computed on `device`, with the same result. Returns the scores and the rows'
+    indices, both [q, min(k, n)]; minus infinity and −1 where fewer are below the ceiling.
 
     Raises `KinvecError` where a vector holds NaN or infinity, dimensions differ, or there are more rows or more ids.
     """
     tie_rank = rank_ids(ids)
     queries = _checked(queries, queries.shape[1], "query", 0)
     highest = np.full(len(queries), np.inf, np.float32) if ceilings is None else ceilings
-    rough, files = ceilings is None, _files(documents)
+    reduced, files = _product_type(queries, ceilings is None, device), _files(documents)
     count = distributed.helpers(len(queries)) if files else 1
     parts = list(zip(np.array_split(queries, count), np.array_split(highest, count), strict=True))
     found = distributed.shared(
-        lambda part: _best(part, documents, tie_rank, k, rough, advance),
+        lambda part: _best(part, documents, tie_rank, k, (reduced, device), advance),
         parts,
-        partial(_best_of_files, files=files, tie_rank=tie_rank, k=k, rough=rough) if files else None,
+        partial(_best_of_files, files=files, tie_rank=tie_rank, k=k, how=(reduced, device)) if files else None,
     )
     scores, rows = zip(*found, strict=True)
     return np.concatenate(scores), np.concatenate(rows)
@@ -78,16 +84,30 @@ def top_k(
 
 Part = tuple[Float32[np.ndarray, "p d"], Float32[np.ndarray, " p"]]
 """Some of the queries, and their ceilings."""
+How = tuple[torch.dtype, torch.device]
+"""What vectors are multiplied as, and where."""
+
+
+def _product_type(queries: Float32[np.ndarray, "q d"], rough: bool, device: torch.device) -> torch.dtype:
+    """Not `rough` it is float32: a ceiling may lie where documents are dense, and too many would be near it otherwise.
+
+    float16 has an eighth of the error of bf16, so fewer candidates, but a small range.
+    """
+    if not rough or not multiplies_bf16(device):
+        return torch.float32
+    unit = np.linalg.norm(queries, axis=1).max(initial=0.0) <= 1.01
+    return torch.float16 if device.type == "cuda" and unit else torch.bfloat16
 
 
 def _best(
-    part: Part, documents: Iterable[np.ndarray], tie_rank: Int64[np.ndarray, " n"], k: int, rough: bool,
+    part: Part, documents: Iterable[np.ndarray], tie_rank: Int64[np.ndarray, " n"], k: int, how: How,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> Best:  # fmt: skip
     (queries, highest), n = part, len(tie_rank)
     best = empty_best(len(queries), min(k, n))
-    rows_of = [slice(q, q + QUERY_ROWS) for q in range(0, len(queries), QUERY_ROWS)]
-    groups = [_group(queries[rows], highest[rows], rough) for rows in rows_of]
+    at_once = QUERY_ROWS * _larger(how[1])
+    rows_of = [slice(q, q + at_once) for q in range(0, len(queries), at_once)]
+    groups = [_group(queries[rows], highest[rows], how) for rows in rows_of]
     start = 0
     for shard in documents:
         if start + len(shard) > n:
@@ -109,8 +129,16 @@ def _files(documents: Iterable[np.ndarray]) -> list[str]:
     return names if whole == [shard.shape for shard in documents] else []
 
 
-def _best_of_files(part: Part, files: Sequence[str], **given: Any) -> Best:
-    return _best(part, [np.load(name, mmap_mode="r") for name in files], **given)
+def _best_of_files(part: Part, files: Sequence[str], how: How, **given: Any) -> Best:
+    """For another process, which has a GPU of its own."""
+    own = how[0], torch.device(how[1].type)
+    return _best(part, [np.load(name, mmap_mode="r") for name in files], how=own, **given)
+
+
+def multiplies_on(encoder: object) -> torch.device:
+    """The GPU that a model runs on; the CPU for any other, and for what says nothing."""
+    device = getattr(encoder, "device", CPU)
+    return device if isinstance(device, torch.device) and device.type == "cuda" else CPU
 
 
 def rank_ids(ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
@@ -168,20 +196,26 @@ class _Group:
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
-def _group(vectors: Float32[np.ndarray, "q d"], highest: Float32[np.ndarray, " q"], rough: bool) -> _Group:
+def _group(vectors: Float32[np.ndarray, "q d"], highest: Float32[np.ndarray, " q"], how: How) -> _Group:
     lowest, none = np.full(len(vectors), -np.inf, np.float32), np.zeros(len(vectors), np.float32)
-    return _Group(vectors, *_reduced(vectors, rough), highest, lowest, none, [])
+    return _Group(vectors, *_reduced(vectors, how), highest, lowest, none, [])
 
 
-def _reduced(vectors: Float32[np.ndarray, "m d"], rough: bool) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """The vectors as they are multiplied, their lengths, and the lengths of what rounding took from them.
-
-    Not `rough`, they stay float32: a ceiling may lie where documents are dense, and too many would be near it in bf16.
-    """
-    whole = torch.from_numpy(vectors)
-    reduced = whole.bfloat16() if rough and multiplies_bf16(whole.device) else whole
+def _reduced(vectors: Float32[np.ndarray, "m d"], how: How) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """The vectors as they are multiplied, their lengths, and the lengths of what rounding took from them."""
+    whole = torch.from_numpy(vectors).to(how[1])
+    reduced = whole.to(how[0])
     lengths, lost = torch.linalg.vector_norm(whole, dim=1), torch.linalg.vector_norm(whole - reduced.float(), dim=1)
-    return reduced, lengths.numpy(), lost.numpy()
+    return reduced, lengths.cpu().numpy(), lost.cpu().numpy()
+
+
+def _read(tensor: Tensor) -> Any:
+    """As an array of NumPy's, unless a GPU holds it: that compares and finds up to eight times as fast as torch."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+
+def _larger(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else GPU_ROWS
 
 
 def _search(
@@ -189,7 +223,8 @@ def _search(
     tie_rank: Int64[np.ndarray, " n"], advance: Callable[[int], None],
 ) -> None:  # fmt: skip
     """The shard's documents, which are those from row `start` on, compete in `best`; `parts` are the groups' rows."""
-    k, d = best[0].shape[1], groups[0].vectors.shape[1]
+    k, d, how = best[0].shape[1], groups[0].vectors.shape[1], (groups[0].reduced.dtype, groups[0].reduced.device)
+    at_once = DOCUMENT_ROWS * _larger(how[1])
 
     def look(rows: slice, group: _Group, reduced: Tensor, longest: float, most_lost: float, first: int) -> None:
         error = _bound(group, longest, most_lost, d)
@@ -198,14 +233,28 @@ def _search(
         if _held(group) > _crowd(group, k):  # documents that products cannot tell apart
             _decide(group, rows, best, shard, start, tie_rank)
 
-    with _side_by_side(parts, groups) as each:
-        for first in range(0, len(shard), DOCUMENT_ROWS):
-            block = _checked(shard[first : first + DOCUMENT_ROWS], d, "document", start + first)
-            reduced, lengths, lost = _reduced(block, groups[0].reduced.dtype == torch.bfloat16)
+    with _sums_in_float32(), _side_by_side(parts, groups) as each:
+        for first in range(0, len(shard), at_once):
+            block = _checked(shard[first : first + at_once], d, "document", start + first)
+            reduced, lengths, lost = _reduced(block, how)
+            if how[0] == torch.float16 and lengths.max(initial=0) > LONGEST:
+                raise KinvecError(f"a document vector is {lengths.max():,.0f} long, too long for float16; --device cpu")
             each(look, reduced, float(lengths.max(initial=0)), float(lost.max(initial=0)), first)
             forget(shard)
             advance(len(block))
         each(lambda rows, group: _decide(group, rows, best, shard, start, tie_rank))
+
+
+@contextmanager
+def _sums_in_float32() -> Iterator[None]:
+    """On a GPU torch may add parts of a half-precision product in half precision, which no bound here allows for."""
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_fp16_reduced_precision_reduction, flags.allow_bf16_reduced_precision_reduction
+    flags.allow_fp16_reduced_precision_reduction = flags.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        flags.allow_fp16_reduced_precision_reduction, flags.allow_bf16_reduced_precision_reduction = before
 
 
 @contextmanager
@@ -256,13 +305,14 @@ def _add(group: _Group, scores: Tensor, error: Float32[np.ndarray, " q"], first:
     """What of a block may be among the k best joins the candidates; where that is too much, the floor rises first."""
     crowd = _crowd(group, k)
     if np.isneginf(group.floor).any():  # all would be found; a part of the block tells enough
-        _raise_floor(group, scores[:, : max(k + 1, DOCUMENT_ROWS // 2)], error, k)
+        _raise_floor(group, scores[:, : max(k + 1, scores.shape[1] // 2)], error, k)
     places = _within(group, scores, error)
     if len(places) > crowd:  # documents sorted towards the queries
         _raise_floor(group, scores, error, k)
         places = _within(group, scores, error)
     row, column = np.divmod(places, scores.shape[1])
-    group.found.append((row, first + column, scores.view(-1)[torch.from_numpy(places)].float().numpy()))
+    found = scores.view(-1)[torch.from_numpy(places).to(scores.device)]
+    group.found.append((row, first + column, found.float().cpu().numpy()))
     if _held(group) > crowd:
         _thin(group, k)
 
@@ -271,38 +321,52 @@ def _within(group: _Group, scores: Tensor, error: Float32[np.ndarray, " q"]) -> 
     """Places in the block, row after row, of what may reach the floor and may be below the ceiling."""
     reaches = _at_least(scores, group.floor - error)
     if np.isfinite(group.highest).any():
-        values = scores.float().numpy()
-        reaches &= values - _slack(values, scores.dtype) <= (group.highest + error)[:, None]
-    return np.flatnonzero(reaches)
+        values = _read(scores.float())
+        reaches &= values - _slack(values, scores.dtype) <= _beside(group.highest + error, scores)
+    if isinstance(reaches, np.ndarray):
+        return np.flatnonzero(reaches)
+    return reaches.view(-1).nonzero()[:, 0].cpu().numpy()
 
 
-def _slack(found: Float32[np.ndarray, "..."], dtype: torch.dtype) -> Float32[np.ndarray, "..."]:
+def _beside(values: Float32[np.ndarray, " q"], scores: Tensor) -> Any:
+    """A number for each row of the scores."""
+    return _read(torch.from_numpy(values).to(scores.device))[:, None]
+
+
+def _slack(found: Any, dtype: torch.dtype) -> Any:
     """What rounding a product may have changed."""
-    return np.abs(found) * np.float32(ROUNDED[dtype])
+    share, least = ROUNDED[dtype]
+    return abs(found) * share + least if least else abs(found) * share
 
 
 def _raise_floor(group: _Group, scores: Tensor, error: Float32[np.ndarray, " q"], k: int) -> None:
     """The floor rises to what k documents of the block surely reach."""
     if scores.shape[1] <= k:
         return
-    values = scores.float().numpy()
+    values = _read(scores.float())
     slack = _slack(values, scores.dtype)
-    surely = np.where(values + slack <= (group.highest - error)[:, None], values - slack, -np.inf)
-    group.floor = np.maximum(group.floor, np.partition(surely, -k, axis=1)[:, -k] - error)
+    either = np if isinstance(values, np.ndarray) else torch
+    surely = either.where(values + slack <= _beside(group.highest - error, scores), values - slack, -np.inf)
+    if isinstance(surely, np.ndarray):
+        kth = np.partition(surely, -k, axis=1)[:, -k]
+    else:
+        kth = surely.topk(k, sorted=False).values.amin(1).cpu().numpy()
+    group.floor = np.maximum(group.floor, kth - error)
 
 
-def _at_least(scores: Tensor, floor: Float32[np.ndarray, " q"]) -> Bool[np.ndarray, "q b"]:
-    """Where scores, as they were before they were rounded, may reach a row's floor.
+def _at_least(scores: Tensor, floor: Float32[np.ndarray, " q"]) -> Any:
+    """Where [q, b] scores, as they were before they were rounded, may reach a row's floor.
 
-    Positive bf16 numbers are ordered as their bits are: a fast comparison.
+    Positive half-precision numbers are ordered as their bits are: a fast comparison.
     """
-    below = floor - 2 * _slack(floor, scores.dtype)
-    if scores.dtype == torch.float32:
-        return scores.numpy() >= below[:, None]
-    least = torch.from_numpy(below - _slack(below, scores.dtype)).bfloat16()  # rounded down
-    if below.min(initial=np.inf) > 0:
-        return scores.view(torch.int16).numpy() >= least.view(torch.int16).numpy()[:, None]
-    return (scores >= least[:, None]).numpy()
+    below, rounded = floor - 2 * _slack(floor, scores.dtype), scores.dtype != torch.float32
+    least = torch.from_numpy(below - _slack(below, scores.dtype) if rounded else below)  # rounded down
+    least = least.to(scores.device, scores.dtype)[:, None]
+    if rounded and below.min(initial=np.inf) > 0:
+        scores, least = scores.view(torch.int16), least.view(torch.int16)
+    if scores.dtype == torch.bfloat16:  # which NumPy does not know
+        return _read(scores >= least)
+    return _read(scores) >= _read(least)
 
 
 def _thin(group: _Group, k: int) -> None:

@@ -13,6 +13,7 @@ from test_trainer import contrastive, log_of, source_of
 from kinvec import Embedder
 from kinvec.embedder import open_folder
 from kinvec.mixing import alone
+from kinvec.topk import top_k
 from kinvec.trainer import TrainerSettings, fit
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -25,6 +26,21 @@ def test_vectors_agree_with_those_of_the_processor(precision: str, least: float)
     model = Embedder.load(MINILM, precision=precision, device="cuda")
     assert model.backbone.packs
     assert ((model.encode(TEXTS) * expected).sum(1)).min() > least
+
+
+@pytest.mark.parametrize("length", [1.0, 30.0])  # in float16, and in bf16
+@pytest.mark.parametrize("below", [False, True])
+def test_a_search_is_that_of_the_processor_to_the_last_bit(length: float, below: bool) -> None:
+    rng = np.random.default_rng(0)
+    queries, documents = (rng.normal(size=(rows, 128)).astype(np.float32) for rows in (3_000, 150_000))
+    for side in (queries, documents):
+        side *= length / np.linalg.norm(side, axis=1, keepdims=True)
+    documents[1_000:2_000] = documents[:1_000]
+    ids = [f"{row:06d}" for row in range(len(documents))]
+    ceilings = np.full(len(queries), 0.3 * length**2, np.float32) if below else None
+    scores, rows = top_k(queries, [documents], ids, 50, ceilings)
+    others = top_k(queries, np.split(documents, 3), ids, 50, ceilings, device=torch.device("cuda"))
+    assert (others[0] == scores).all() and (others[1] == rows).all()
 
 
 @pytest.mark.parametrize(("precision", "off"), [("fp32", 1e-3), ("bf16", 0.05)])

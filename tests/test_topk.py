@@ -15,6 +15,12 @@ from kinvec.contracts import KinvecError
 from kinvec.topk import empty_best, keep_best, rank_ids, top_k
 
 
+def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """float16, and nothing by NumPy that a GPU holds; on the processor, so only that the numbers are right."""
+    patch.setattr(topk, "_read", lambda tensor: tensor)
+    patch.setattr(topk, "_product_type", lambda queries, rough, device: torch.float16 if rough else torch.float32)
+
+
 def full_sort(queries: np.ndarray, documents: np.ndarray, ids: list[str], k: int) -> np.ndarray:
     scores = queries @ documents.T
     by_id = sorted(range(len(ids)), key=ids.__getitem__, reverse=True)
@@ -24,10 +30,11 @@ def full_sort(queries: np.ndarray, documents: np.ndarray, ids: list[str], k: int
 @settings(max_examples=150, deadline=None)
 @given(
     q=st.integers(1, 9), n=st.integers(1, 60), k=st.integers(1, 12), rows=st.integers(1, 20), chunk=st.integers(1, 5),
-    values=st.sampled_from([1, 2, 5]), cuts=st.lists(st.integers(0, 60), max_size=3), seed=st.integers(0, 10_000),
+    values=st.sampled_from([1, 2, 5]), cuts=st.lists(st.integers(0, 60), max_size=3), gpu=st.booleans(),
+    seed=st.integers(0, 10_000),
 )  # fmt: skip
 def test_equals_a_full_sort_with_ties_across_blocks_and_shards(
-    q: int, n: int, k: int, rows: int, chunk: int, values: int, cuts: list[int], seed: int
+    q: int, n: int, k: int, rows: int, chunk: int, values: int, cuts: list[int], gpu: bool, seed: int
 ) -> None:
     """Small integers make products exact in any order, and ties everywhere, at rank k and across block boundaries."""
     rng = np.random.default_rng(seed)
@@ -38,6 +45,8 @@ def test_equals_a_full_sort_with_ties_across_blocks_and_shards(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topk, "DOCUMENT_ROWS", rows)
         patch.setattr(topk, "QUERY_ROWS", chunk)
+        if gpu:
+            as_on_a_gpu(patch)
         scores, found = top_k(queries, iter(shards), ids, k)
     assert (found == full_sort(queries, documents, ids, k)).all()
     assert (scores == np.take_along_axis(queries @ documents.T, found, axis=1)).all()
@@ -45,8 +54,13 @@ def test_equals_a_full_sort_with_ties_across_blocks_and_shards(
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(20, 200), d=st.integers(1, 400), rows=st.integers(1, 90), seed=st.integers(0, 10_000))
-def test_equals_float64_to_the_last_bit_and_equal_documents_tie(n: int, d: int, rows: int, seed: int) -> None:
+@given(
+    n=st.integers(20, 200), d=st.integers(1, 400), rows=st.integers(1, 90), gpu=st.booleans(),
+    seed=st.integers(0, 10_000),
+)  # fmt: skip
+def test_equals_float64_to_the_last_bit_and_equal_documents_tie(
+    n: int, d: int, rows: int, gpu: bool, seed: int
+) -> None:
     """Whatever the blocks: a product's last bits would order copies of a document by where they stand."""
     rng = np.random.default_rng(seed)
     queries = rng.normal(size=(5, d)).astype(np.float32)
@@ -55,6 +69,8 @@ def test_equals_float64_to_the_last_bit_and_equal_documents_tie(n: int, d: int, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topk, "DOCUMENT_ROWS", rows)
         patch.setattr(topk, "PAIR_ROWS", 7)
+        if gpu:
+            as_on_a_gpu(patch)
         scores, found = top_k(queries, [documents], ids, 10)
     exact = np.array([[np.dot(a.astype(np.float64), b.astype(np.float64)) for b in documents] for a in queries])
     by_id = sorted(range(n), key=ids.__getitem__, reverse=True)
@@ -66,10 +82,10 @@ def test_equals_float64_to_the_last_bit_and_equal_documents_tie(n: int, d: int, 
 @settings(max_examples=100, deadline=None)
 @given(
     q=st.integers(1, 5), n=st.integers(1, 60), k=st.integers(1, 12), rows=st.integers(1, 30), chunk=st.integers(1, 5),
-    values=st.sampled_from([1, 2, 5]), seed=st.integers(0, 10_000),
+    values=st.sampled_from([1, 2, 5]), gpu=st.booleans(), seed=st.integers(0, 10_000),
 )  # fmt: skip
 def test_below_a_ceiling_it_equals_a_sort_of_what_is_below(
-    q: int, n: int, k: int, rows: int, chunk: int, values: int, seed: int
+    q: int, n: int, k: int, rows: int, chunk: int, values: int, gpu: bool, seed: int
 ) -> None:
     """A score equal to the ceiling is within it; where fewer are left, places stay empty."""
     rng = np.random.default_rng(seed)
@@ -80,6 +96,8 @@ def test_below_a_ceiling_it_equals_a_sort_of_what_is_below(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topk, "DOCUMENT_ROWS", rows)
         patch.setattr(topk, "QUERY_ROWS", chunk)
+        if gpu:
+            as_on_a_gpu(patch)
         scores, found = top_k(queries, [documents], ids, k, ceilings)
     every = full_sort(queries, documents, ids, n)
     for row in range(q):
@@ -89,9 +107,9 @@ def test_below_a_ceiling_it_equals_a_sort_of_what_is_below(
         assert scores[row].tolist() == [*(queries[row] @ documents[j] for j in below), *(-np.inf for _ in empty)]
 
 
-@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("product", ["bf16", "fp32", "fp16"])
 @pytest.mark.parametrize("shift", [0.0, -3.0])
-def test_documents_that_bf16_cannot_tell_apart_are_ordered_by_float64(bf16: bool, shift: float) -> None:
+def test_documents_that_products_cannot_tell_apart_are_ordered_by_float64(product: str, shift: float) -> None:
     """Scores differ in the fifth digit, those of `shift` are all negative; ceilings fall between them."""
     rng = np.random.default_rng(0)
     base = rng.normal(size=(1, 64))
@@ -102,7 +120,9 @@ def test_documents_that_bf16_cannot_tell_apart_are_ordered_by_float64(bf16: bool
     ceilings = np.quantile(exact, 0.9, axis=1).astype(np.float32)
     ids = [f"{i:04d}" for i in range(3000)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk, "multiplies_bf16", lambda device: bf16)
+        patch.setattr(topk, "multiplies_bf16", lambda device: product == "bf16")
+        if product == "fp16":
+            as_on_a_gpu(patch)
         patch.setattr(topk, "DOCUMENT_ROWS", 512)
         patch.setattr(topk, "QUERY_ROWS", 16)
         open_top = top_k(queries, np.split(documents, 3), ids, 20)
@@ -115,20 +135,38 @@ def test_documents_that_bf16_cannot_tell_apart_are_ordered_by_float64(bf16: bool
 
 @settings(max_examples=60, deadline=None)
 @given(
-    q=st.integers(1, 30), b=st.integers(1, 50), d=st.integers(1, 400), bf16=st.booleans(),
+    q=st.integers(1, 30), b=st.integers(1, 50), d=st.integers(1, 400),
+    product=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     size=st.sampled_from([1e-20, 1e-3, 1.0, 1e10]), seed=st.integers(0, 10_000),
 )  # fmt: skip
-def test_no_product_is_off_by_more_than_its_bound(q: int, b: int, d: int, bf16: bool, size: float, seed: int) -> None:
+def test_no_product_is_off_by_more_than_its_bound(
+    q: int, b: int, d: int, product: torch.dtype, size: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     queries, block = ((rng.standard_cauchy((rows, d)) * size).astype(np.float32) for rows in (q, b))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk, "multiplies_bf16", lambda device: bf16)
-        group = topk._group(queries, np.full(q, np.inf, np.float32), True)
-        reduced, lengths, lost = topk._reduced(block, True)
-        bound = topk._bound(group, float(lengths.max()), float(lost.max()), d)
+    if product == torch.float16:  # queries of length 1, documents up to LONGEST
+        queries /= np.linalg.norm(queries.astype(np.float64), axis=1, keepdims=True)
+        block *= min(1.0, topk.LONGEST / np.linalg.norm(block.astype(np.float64), axis=1).max())
+    group = topk._group(queries, np.full(q, np.inf, np.float32), (product, topk.CPU))
+    reduced, lengths, lost = topk._reduced(block, (product, topk.CPU))
+    bound = topk._bound(group, float(lengths.max()), float(lost.max()), d)
     scores = torch.mm(group.reduced, reduced.T)
     off = np.abs(scores.double().numpy() - queries.astype(np.float64) @ block.astype(np.float64).T)
     assert (off <= bound[:, None] + topk._slack(scores.float().numpy(), scores.dtype)).all()
+
+
+def test_float16_is_for_queries_of_length_one_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk, "multiplies_bf16", lambda device: True)
+    unit, long = np.eye(3, dtype=np.float32), 5 * np.eye(3, dtype=np.float32)
+    gpu = torch.device("cuda")
+    assert (
+        topk._product_type(unit, True, gpu) == torch.float16 and topk._product_type(long, True, gpu) == torch.bfloat16
+    )
+    assert topk._product_type(unit, True, topk.CPU) == torch.bfloat16
+    assert topk._product_type(unit, False, gpu) == torch.float32
+    as_on_a_gpu(monkeypatch)
+    with pytest.raises(KinvecError, match="a document vector is 40,000 long, too long for float16; --device cpu"):
+        top_k(unit, [40_000 * unit], list("abc"), 2)
 
 
 @given(

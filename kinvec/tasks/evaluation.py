@@ -22,7 +22,7 @@ from kinvec.tasks.lexical import bm25
 from kinvec.tasks.picture import SearchPicture
 from kinvec.tasks.rankings import MEASURES, check_problem, from_rankings, search_depth, timed, versions
 from kinvec.tasks.triplets import Pairs, chosen
-from kinvec.topk import top_k
+from kinvec.topk import multiplies_on, top_k
 
 ENCODE_ROWS = 65_536  # documents encoded, searched and forgotten at a time: memory does not grow with the corpus
 
@@ -54,7 +54,8 @@ def retrieval(data: RetrievalData, encoder: Encoder, measures: Sequence[str] = (
     picture = SearchPicture(data) if baseline else None
     with timed(seconds, "search"):
         blocks = pairs.passing(queries, documents())
-        best = top_k(queries, picture.passing(blocks) if picture else blocks, data.corpus.ids, depth)
+        looked_at = picture.passing(blocks) if picture else blocks
+        best = top_k(queries, looked_at, data.corpus.ids, depth, device=multiplies_on(encoder))
     seconds["search"] -= seconds["encode_documents"]  # which happens inside it
     also = picture.documents if picture else ()
     result = from_rankings(data, *best, ranked, pairs.columns(triplets), also)

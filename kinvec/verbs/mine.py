@@ -50,6 +50,7 @@ def mine(
     """
     from kinvec import mining
     from kinvec.auditing import audit
+    from kinvec.backbone import resolve_device
     from kinvec.console import say
     from kinvec.contracts import RecipeError
     from kinvec.encoders import open_encoder
@@ -60,7 +61,7 @@ def mine(
 
     if (model is None) == (embeddings is None):
         raise RecipeError("mine takes either --model NAME or --embeddings FOLDER; give one of them")
-    budget, settings = parse_bytes(memory), settings or mining.MiningSettings()
+    budget, settings, place = parse_bytes(memory), settings or mining.MiningSettings(), resolve_device(device)
     set_threads(threads)
     folder, problem = Path(out), _with_positives(open_retrieval(data, split=split))
     encoder = open_encoder(str(model), precision=precision, device=device) if embeddings is None else None
@@ -78,7 +79,7 @@ def mine(
         queries, shards = _encoded(folder / "vectors", encoder, problem)
     at_once = mining.queries_at_once(budget, queries.shape[1], mining.deepest_rank(judged, settings))
     with remembering(judge, folder / SAID) if judge else nullcontext() as asked:
-        found = list(mining.mine(problem, judged, queries, shards, settings, asked, at_once))
+        found = list(mining.mine(problem, judged, queries, shards, settings, asked, at_once, place))
     _write_rows(folder / "train.jsonl", problem, found, teacher=judge is not None)
     told = {"model": str(model or embeddings), "data": str(data), **audit(problem, found, settings)}
     write_json(folder / "audit.json", told)
