@@ -90,6 +90,7 @@ class _Space:
     queries: Float32[np.ndarray, "q d"]
     documents: Sequence[np.ndarray]
     ids: Sequence[str]
+    ranks: Int64[np.ndarray, " n"]
     similarity: str
 
     def asked(self, m: int) -> Float32[np.ndarray, "q m"]:
@@ -119,7 +120,8 @@ def cheaper(
         raise RecipeError("cheaper vectors are measured by rankings; name a measure such as nDCG@10")
     place = {identity: row for row, identity in enumerate(queries[0])}
     whole = np.concatenate([np.asarray(part, dtype=np.float32) for part in queries[1]])
-    space = _Space(whole[[place[query] for query in qrels]], documents[1], documents[0], similarity)
+    asked = whole[[place[query] for query in qrels]]
+    space = _Space(asked, documents[1], documents[0], rank_ids(documents[0]), similarity)
     tried = _dimensions(whole.shape[1], dimensions)
     depth, rows, full = metrics.search_depth(names), list[dict[str, Any]](), None
     with progress("cheaper vectors", len(tried) * len(PRECISIONS)) as bar:
@@ -155,15 +157,15 @@ def _rankings(space: _Space, ranges: Ranges, how: Precision, k: int) -> Iterator
         return map(stored, space.blocks(m))
 
     asked = space.asked(m)
-    _, rows = top_k(stored(asked), documents(), space.ids, k * OVERSAMPLING if how.coarse else k)
+    _, rows = top_k(stored(asked), documents(), space.ranks, k * OVERSAMPLING if how.coarse else k)
     yield rows[:, :k]
     if how.coarse:
-        yield _rescored(asked, documents(), rows, space.ids)[:, :k]
+        yield _rescored(asked, documents(), rows, space.ranks)[:, :k]
 
 
 def _rescored(
     queries: Float32[np.ndarray, "q m"], documents: Iterator[np.ndarray], rows: Int64[np.ndarray, "q c"],
-    ids: Sequence[str],
+    ranks: Int64[np.ndarray, " n"],
 ) -> Int64[np.ndarray, "q c"]:  # fmt: skip
     """The candidates `rows` of every query in the order of their products with it, ties as `top_k` has them."""
     scores, start = np.empty(rows.shape, dtype=np.float32), 0
@@ -171,7 +173,7 @@ def _rescored(
         query, place = np.nonzero((rows >= start) & (rows < start + len(block)))
         scores[query, place] = pair_scores(queries, block, query, rows[query, place] - start)
         start += len(block)
-    return np.take_along_axis(rows, np.lexsort((rank_ids(ids)[rows], -scores)), axis=1)
+    return np.take_along_axis(rows, np.lexsort((ranks[rows], -scores)), axis=1)
 
 
 def _figures(values: dict[str, np.ndarray], full: np.ndarray) -> dict[str, Any]:

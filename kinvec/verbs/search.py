@@ -24,17 +24,18 @@ SNIPPET = 240  # characters of an answer that a table shows
 
 @dataclass(frozen=True)
 class Engine:
-    """One model with its vectors of the corpus, ready to be asked."""
+    """One model with its vectors of the corpus and the ranks of its ids, ready to be asked."""
 
     embedder: Embedder
     corpus: Corpus
     shards: list[np.ndarray]
+    ranks: np.ndarray
 
     def answers(self, question: str, k: int) -> list[dict[str, Any]]:
         """The k best documents for a question, best first: id, score, text."""
         from kinvec.topk import top_k
 
-        scores, rows = top_k(self.embedder.encode_queries([question]), self.shards, self.corpus.ids, k)
+        scores, rows = top_k(self.embedder.encode_queries([question]), self.shards, self.ranks, k)
         found = zip(rows[0].tolist(), scores[0].tolist(), strict=True)
         return [{"id": self.corpus.ids[row], "score": score, "text": self.corpus.texts[row]} for row, score in found]
 
@@ -97,6 +98,7 @@ def _engine(folder: Path, embedder: Embedder, data: RetrievalData) -> Engine:
     """The model with its vectors: those kept from before if model and data are the same, else made now."""
     from kinvec.encoders import each
     from kinvec.files import vectors
+    from kinvec.topk import rank_ids
 
     settings = {
         "model": embedder.fingerprint, "precision": embedder.precision,
@@ -104,7 +106,8 @@ def _engine(folder: Path, embedder: Embedder, data: RetrievalData) -> Engine:
     }  # fmt: skip
     documents = partial(zip, data.corpus.ids, data.corpus.texts, strict=True)
     sides = {"doc": (documents, each(embedder, "document"))}
-    return Engine(embedder, data.corpus, vectors.kept(folder / embedder.fingerprint, sides, settings)["doc"].shards)
+    shards = vectors.kept(folder / embedder.fingerprint, sides, settings)["doc"].shards
+    return Engine(embedder, data.corpus, shards, rank_ids(data.corpus.ids))
 
 
 def command(
