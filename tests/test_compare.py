@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +150,16 @@ def test_the_verb_takes_result_folders_and_folders_of_tasks(tmp_path: Path, caps
         verb.compare(tmp_path, tmp_path / "tuned")
 
 
-def test_the_command_prints_for_people_and_for_programs(tmp_path: Path) -> None:
+def test_the_command_prints_for_people_and_for_programs(
+    tmp_path: Path, main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for side, values in (("a", BASE), ("b", TUNED)):
         tasks.save_result(searched(values, f"model-{side}"), tmp_path / side)
-    command = [sys.executable, "-m", "kinvec.cli", "compare", str(tmp_path / "a"), str(tmp_path / "b")]
-    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
-    row = told["tasks"][0]["comparisons"][0]["metrics"][0]
+    monkeypatch.setenv("COLUMNS", "140")
+    command = ["compare", str(tmp_path / "a"), str(tmp_path / "b")]
+    (code, told), (again, text) = main(*command, "--json"), main(*command)
+    assert code == again == 0
+    row = json.loads(told)["tasks"][0]["comparisons"][0]["metrics"][0]
     assert row["difference"] == pytest.approx(np.mean(TUNED) - np.mean(BASE)) and {"low", "high", "p"} <= set(row)
-    text = subprocess.run(command, capture_output=True, text=True, check=True, env={"COLUMNS": "140"}).stdout
     assert "model-a" in text and "95 % interval" in text and f"{row['difference']:+.4f}" in text
     assert "queries won most, by nDCG@10" in text and "model-b says" in text and "relevant at" in text

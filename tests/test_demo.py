@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,7 @@ def test_the_whole_path_on_a_small_problem(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(docstrings, "PACKAGES", ("networkx",))
     for name, value in (("FEWEST_PAIRS", 48), ("TEST_QUERIES", (24, 24)), ("DEV_EVALUATIONS", 1)):
         monkeypatch.setattr(verb, name, value)
+    monkeypatch.setattr(verb, "measure", partial(verb.measure, seconds=0.2))
     told = verb.demo(tmp_path / "demo", minutes=0.01, threads=1)
     assert "for about 0.01 minutes: 48 training pairs, and 24 test queries over 72 documents" in capsys.readouterr().err
     (result,) = told["results"]
