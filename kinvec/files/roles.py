@@ -53,7 +53,7 @@ NEEDED = {
 ROLES = {role for aliases in ALIASES.values() for role in aliases}
 KNOWN_COLUMNS = {name for aliases in ALIASES.values() for names in aliases.values() for name in names}
 NLI_LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1, "": -1}  # no label: the annotators disagreed
-NAMING = "--column query=NAME (in a recipe: columns: {query: NAME})"
+NAMING = "--column query=NAME (check, evaluate) or columns: {query: NAME} (in a recipe)"
 KNOWN = "known are query and pos_doc; first, second and score; premise, hypothesis and label; text and label; text"
 
 
