@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 import torch
+import type_checks  # noqa: F401 - before kinvec is imported
 from tiny_models import WORDS, config_of, save_plain, tokenizer_of
 
 if TYPE_CHECKING:
@@ -195,10 +196,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrow copies of data go to a folder of the test run, never to the user's cache."""
-    monkeypatch.setenv("KINVEC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Arrow copies of data go to a folder of the test run, never to the user's cache; those of fixtures, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KINVEC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture
