@@ -148,14 +148,22 @@ STEPS, SAVED = 12, 3
 KEPT = 2 * SAVED + 1  # steps after which the first checkpoint is on the disk: the next one waits for it
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, tiny_folder: Path, tiny_pairs: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def recipe(tiny_folder: Path, tiny_pairs: Path) -> list[str]:
     """A short training with a dev set; dropout is on, so that a wrong random state would show."""
     return [
         "train", f"model={tiny_folder}", f"data.train={tiny_pairs}", "trainer.batch_size=8",
         f"trainer.max_steps={STEPS}", f"trainer.save_every={SAVED}", "trainer.eval_every=6", "trainer.lr=1e-3",
         "seed=1", "threads=1", "precision=fp32",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone_run(recipe: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That training by one process, without dropout, whose masks each process draws for itself."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    finished(ranks.command(1, [*recipe, "trainer.dropout=0", f"out={run}"], run.with_name("said")))
+    return run
 
 
 def finished(started: list[Any]) -> None:
@@ -174,17 +182,16 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleran
 
 
 @pytest.mark.parametrize("shard", ["null", "all"])
-def test_two_processes_train_what_one_trains(tmp_path: Path, recipe: list[str], shard: str) -> None:
-    """Without dropout, whose masks each process draws for itself: losses, dev metrics and weights."""
-    alike = [*recipe, "trainer.dropout=0"]
-    finished(ranks.command(1, [*alike, f"out={tmp_path / 'one'}"], tmp_path / "said"))
-    finished(ranks.command(2, [*alike, f"out={tmp_path / 'two'}", f"trainer.shard={shard}"], tmp_path / "said"))
-    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+def test_two_processes_train_what_one_trains(tmp_path: Path, recipe: list[str], alone_run: Path, shard: str) -> None:
+    """Without dropout: losses, dev metrics and weights."""
+    alike = [*recipe, "trainer.dropout=0", f"trainer.shard={shard}"]
+    finished(ranks.command(2, [*alike, f"out={tmp_path / 'two'}"], tmp_path / "said"))
+    one, two = log_of(alone_run), log_of(tmp_path / "two")
     assert [row["step"] for row in two] == list(range(1, STEPS + 1))
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-4) and a["tokens"] == b["tokens"], a["step"]
     assert one[-1]["dev"]["nDCG@10"] == pytest.approx(two[-1]["dev"]["nDCG@10"], abs=0.02)
-    assert_close(model_of(tmp_path / "one"), model_of(tmp_path / "two"), 2e-4)
+    assert_close(model_of(alone_run), model_of(tmp_path / "two"), 2e-4)
 
 
 @pytest.mark.parametrize("shard", ["null", "all"])
@@ -209,7 +216,7 @@ def test_a_process_killed_stops_all_and_the_same_command_goes_on(tmp_path: Path,
 
 @pytest.mark.parametrize(("before", "after", "shard"), [(2, 1, "all"), (1, 2, "null"), (2, 3, "all")])
 def test_a_checkpoint_is_resumed_by_another_number_of_processes(
-    tmp_path: Path, recipe: list[str], before: int, after: int, shard: str
+    tmp_path: Path, recipe: list[str], alone_run: Path, before: int, after: int, shard: str
 ) -> None:
     recipe = [*recipe, f"trainer.shard={shard}", "trainer.dropout=0"]
     run = tmp_path / "run"
@@ -218,8 +225,7 @@ def test_a_checkpoint_is_resumed_by_another_number_of_processes(
     for one in started:
         one.kill()
     finished(ranks.command(after, [*recipe, f"out={run}"], tmp_path / "said"))
-    finished(ranks.command(1, [*recipe, f"out={tmp_path / 'one'}"], tmp_path / "said"))
-    assert_close(model_of(tmp_path / "one"), model_of(run), 2e-4)
+    assert_close(model_of(alone_run), model_of(run), 2e-4)
 
 
 def test_torchrun_starts_again_when_a_process_is_killed(tmp_path: Path, recipe: list[str]) -> None:
