@@ -14,6 +14,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kinvec import console
+from kinvec.machine import out_of_memory
 
 PATIENCE = timedelta(hours=12)  # helpers wait as long as rank 0 is busy; who dies is noticed by the closed connection
 CPU = torch.device("cpu")
@@ -91,6 +93,30 @@ def least(number: int | float) -> float:
     if world() > 1:
         dist.all_reduce(found, op=dist.ReduceOp.MIN)
     return float(found)
+
+
+class OutOfMemory(torch.OutOfMemoryError):
+    """Memory has ended in one process, and all know it."""
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """Where memory ends in the block of one process, all raise `OutOfMemory` after it, so that none waits for another.
+
+    In the block itself none may wait for others.
+    """
+    if world() == 1:
+        yield
+        return
+    ended = False
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        ended = out_of_memory(error)
+        if not ended:
+            raise
+    if total(ended):
+        raise OutOfMemory("out of memory in one of several processes")
 
 
 def everyones(own: Made) -> list[Made]:
@@ -258,10 +284,15 @@ def spread(module: nn.Module, layers: Iterable[nn.Module], over: str) -> None:
 
 def scatter_gradients(module: nn.Module, now: bool) -> None:
     """Whether the gradients of spread weights are summed and scattered by the next backward pass, or kept for later."""
+    if is_spread(module):
+        module.set_requires_gradient_sync(now)  # type: ignore[operator]
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether each process holds a part of the module's weights."""
     from torch.distributed.fsdp import FSDPModule
 
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(now)
+    return isinstance(module, FSDPModule)
 
 
 def let_go(module: nn.Module) -> None:

@@ -26,6 +26,13 @@ def multiplies_bf16(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is how torch, oneDNN or Python says that memory has ended."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return True
+    return str(error) == "could not create a primitive"  # oneDNN had no room for its code; it names what it cannot do
+
+
 def set_threads(threads: int | None) -> None:
     """Use this many CPU threads, in torch, NumPy and the tokenizer; None leaves their choice."""
     if threads:

@@ -102,12 +102,13 @@ def backward(
     """
     count = max(int(distributed.total(sum(len(cloze.targets) for cloze in asked))), 1)
     total = right = 0.0
-    for cloze in asked:
-        if not len(cloze.targets) and distributed.world() == 1:
-            continue
-        answers = logits(hidden(cloze.pack)[cloze.read]).float()
-        loss = torch.nn.functional.cross_entropy(answers, cloze.targets, reduction="sum") / count
-        loss.backward()
-        total += loss.item()
-        right += float((answers.argmax(-1) == cloze.targets).sum())
+    with distributed.within_memory():
+        for cloze in asked:
+            if not len(cloze.targets) and distributed.world() == 1:
+                continue
+            answers = logits(hidden(cloze.pack)[cloze.read]).float()
+            loss = torch.nn.functional.cross_entropy(answers, cloze.targets, reduction="sum") / count
+            loss.backward()
+            total += loss.item()
+            right += float((answers.argmax(-1) == cloze.targets).sum())
     return distributed.total(total), distributed.total(right) / count

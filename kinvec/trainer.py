@@ -34,7 +34,7 @@ from kinvec.embedder import Embedder
 from kinvec.faults import Spikes, refuse_fault
 from kinvec.fused import replace_dropout
 from kinvec.gradcache import backward
-from kinvec.machine import ahead, release_pages
+from kinvec.machine import ahead, out_of_memory, release_pages
 from kinvec.mixing import Mixture, Step
 from kinvec.planner import CHUNK_TOKENS, chunks_to_keep, memory_budget, parse_bytes, saved_bytes_per_token
 from kinvec.resuming import Progress, keep_log, restore_best, resume, saving
@@ -305,9 +305,11 @@ def _step(
             loss, measures = _gradients(embedder, asked, tokens, state.chunk_tokens, (plan[0], budget))
             break
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
-            if distributed.world() > 1:  # the others wait for what will not come
+            if distributed.world() > 1 and not isinstance(
+                error, distributed.OutOfMemory
+            ):  # the others wait for this one
                 raise KinvecError(
                     f"out of memory at step {state.step + 1} in process {distributed.rank()} of several; lower "
                     f"trainer.chunk_tokens (now {state.chunk_tokens}) or trainer.memory_budget, and start again"
@@ -359,7 +361,8 @@ def _gradients(
 
     distributed.scatter_gradients(embedder, False)
     at_last = partial(distributed.scatter_gradients, embedder, True)
-    return backward(_embed(embedder), chunks, loss, keep, at_last), measures
+    within = nullcontext if distributed.is_spread(embedder) else distributed.within_memory  # spread, all wait for all
+    return backward(_embed(embedder), chunks, loss, keep, at_last, within), measures
 
 
 def step_chunks(embedder: Embedder, tokens: Tokens, chunk_tokens: int) -> tuple[list[Pack], list[list[int]]]:
@@ -390,10 +393,6 @@ def _of_sets(asked: Step, loss: float) -> dict[str, Any]:
     if "" in asked.rows:
         return {}
     return {"sets": dict(asked.rows)} | ({f"loss/{name}": loss for name in asked.rows} if len(asked.rows) == 1 else {})
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def bytes_and_budget(embedder: Embedder, source: Mixture, settings: TrainerSettings) -> tuple[float, int]:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_trainer import log_of, source_of
+from test_trainer import log_of, run_fit, source_of
 from tiny_models import WORDS
 
+import kinvec.trainer
 from kinvec import checkpoint, distributed
 from kinvec.adapters import LoraSettings, add_lora
 from kinvec.backbone import trainable
@@ -88,6 +90,42 @@ def gradients_of(folder: Path, one: dict[str, Any], pairs: Path, labelled: Path)
     distributed.add_gradients(parameter for _, parameter in trainable(embedder))
     found = {name: distributed.whole(p.grad).clone() for name, p in trainable(embedder) if p.grad is not None}
     return found | {"loss": torch.tensor(value, dtype=torch.float64)}
+
+
+def out_of_memory_once(again: bool) -> None:
+    """The first step's first chunk is out of memory, or the first that is embedded again with its graph."""
+    real, made = kinvec.trainer._embed, count()
+
+    def make(embedder: Any) -> Any:
+        embed, for_the_plan = real(embedder), next(made) == 0
+
+        def call(texts: Any) -> torch.Tensor:
+            if not for_the_plan and torch.is_grad_enabled() == again:
+                kinvec.trainer._embed = real
+                raise torch.OutOfMemoryError("out of memory. Tried to allocate 2.00 GiB")
+            return embed(texts)
+
+        return call
+
+    kinvec.trainer._embed = make
+
+
+def train_out_of_memory(out: Path, folder: Path, pairs: Path) -> None:
+    """Three trainings; in the last two memory ends in process 1, in one half of a step."""
+    for name, again in (("calm", None), ("forth", False), ("back", True)):
+        if again is not None and distributed.rank() == 1:
+            out_of_memory_once(again)
+        settings: dict[str, Any] = {"chunk_tokens": 256, "dropout": 0.0, "memory_budget": "1B", "max_steps": 3}
+        _, found = run_fit(out / name, folder, pairs, **settings)
+        assert found["halvings"] == ([] if again is None else [{"step": 1, "chunk_tokens": 128}])
+
+
+def test_where_memory_ends_in_one_process_all_halve_their_chunks(
+    tmp_path: Path, tiny_folder: Path, tiny_pairs: Path
+) -> None:
+    ranks.run(2, train_out_of_memory, tmp_path, tiny_folder, tiny_pairs, output=tmp_path / "said")
+    calm, forth, back = ([row["loss"] for row in log_of(tmp_path / name)] for name in ("calm", "forth", "back"))
+    assert len(calm) == 3 and forth == pytest.approx(calm, rel=1e-5) and back == pytest.approx(calm, rel=1e-5)
 
 
 def write_gradients(out: Path, *given: Any) -> None:

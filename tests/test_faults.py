@@ -25,6 +25,7 @@ from torch import Tensor
 from kinvec import checkpoint
 from kinvec.contracts import KinvecError
 from kinvec.faults import FEWEST, WINDOW, Spikes, limit_of
+from kinvec.machine import out_of_memory
 from kinvec.objectives import Objective, ObjectiveSettings, make_objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,6 +143,22 @@ def test_each_data_set_has_its_own_usual_loss(tmp_path: Path) -> None:
     assert spikes_of(losses, tmp_path, names) == []
     losses[150] = 1.0  # usual for neither: low for the one, high for the other whose turn it is
     assert spikes_of(losses, tmp_path, names) == [151]
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for the matmul primitive."), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_how_libraries_say_that_memory_has_ended(error: Exception, memory: bool) -> None:
+    """oneDNN's sentence came, once in many, from the test below."""
+    assert out_of_memory(error) == memory
 
 
 def _train_within(more: int, places: tuple[Path, Path, Path], settings: dict[str, Any]) -> None:
