@@ -157,7 +157,7 @@ def test_each_data_set_has_its_own_usual_loss(tmp_path: Path) -> None:
     ],
 )
 def test_how_libraries_say_that_memory_has_ended(error: Exception, memory: bool) -> None:
-    """oneDNN's sentence came, once in many, from the test below."""
+    """What oneDNN says came, once in many times, from the test below."""
     assert out_of_memory(error) == memory
 
 
