@@ -18,6 +18,8 @@ PRELOAD = [
     "transformers.models.bert.modeling_bert",
     "peft",
 ]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(PRELOAD)  # the first to start a process starts the server, which learns nothing later
 WAIT = 120.0  # seconds after which a test gives up, on however slow a machine
 
 
@@ -68,8 +70,6 @@ class Command:
 
 def start(argv: list[str], output: Path) -> Command:
     """Run `kinvec ARGV…`, with this process's environment as it is now."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=_main, args=(argv, dict(os.environ), output))
+    process = FORKS.Process(target=_main, args=(argv, dict(os.environ), output))
     process.start()
     return Command(process, output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -40,11 +39,9 @@ def _call(function: Callable[..., None], given: dict[str, str], output: Path, ar
 
 def run(world: int, function: Callable[..., None], *args: Any, output: Path) -> None:
     """Call `function(*args)` in `world` processes that know each other; fails with what they said if one fails."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(command_line.PRELOAD)
     port, said = free_port(), [output.with_name(f"{output.name}-{rank}") for rank in range(world)]
     processes = [
-        context.Process(target=_call, args=(function, environment(rank, world, port), said[rank], args))
+        command_line.FORKS.Process(target=_call, args=(function, environment(rank, world, port), said[rank], args))
         for rank in range(world)
     ]
     for process in processes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -17,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from command_line import WAIT
+from command_line import FORKS, WAIT
 from test_trainer import log_of, run_fit
 from tiny_models import WORDS, save_plain
 from torch import Tensor
@@ -184,7 +183,7 @@ def test_where_memory_really_ends_the_chunk_is_halved_and_the_loss_is_the_same(t
     def halvings(name: str, more: int) -> int:
         """In a process of its own, new, so that it holds nothing that earlier tests have left."""
         places = (tmp_path / name, tmp_path / "model", tmp_path / "pairs.jsonl")
-        process = multiprocessing.get_context("forkserver").Process(target=_train_within, args=(more, places, settings))
+        process = FORKS.Process(target=_train_within, args=(more, places, settings))
         process.start()
         process.join(WAIT)
         assert process.exitcode is not None
