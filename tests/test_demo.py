@@ -141,14 +141,14 @@ def test_a_fast_machine_gets_long_documents_and_a_slow_one_many_pairs() -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_the_whole_path_on_a_small_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(docstrings, "PACKAGES", ("networkx",))
-    for name, value in (("FEWEST_PAIRS", 48), ("TEST_QUERIES", (24, 24)), ("DEV_EVALUATIONS", 1)):
+    for name, value in (("FEWEST_PAIRS", 40), ("TEST_QUERIES", (16, 16)), ("DEV_EVALUATIONS", 1)):
         monkeypatch.setattr(verb, name, value)
     monkeypatch.setattr(verb, "measure", partial(verb.measure, seconds=0.2))
     told = verb.demo(tmp_path / "demo", minutes=0.01, threads=1)
-    assert "for about 0.01 minutes: 48 training pairs, and 24 test queries over 72 documents" in capsys.readouterr().err
+    assert "for about 0.01 minutes: 40 training pairs, and 16 test queries over 56 documents" in capsys.readouterr().err
     (result,) = told["results"]
     assert result["task"] == "docstrings"
-    assert result["queries"] == 24
+    assert result["queries"] == 16
     verb.show(told)
     shown = capsys.readouterr().out
     assert f"{result['metrics']['nDCG@10']['tuned']:.4f}" in shown

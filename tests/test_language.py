@@ -149,7 +149,7 @@ def test_a_model_learns_to_predict(
     steps = (
         "trainer.max_steps=80",
         "trainer.lr=0.01",
-        "trainer.chunk_tokens=64",
+        "trainer.chunk_tokens=128",
         "trainer.batch_size=16",
         f"objective.name={objective}",
     )
