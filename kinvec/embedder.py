@@ -232,8 +232,8 @@ class Embedder(nn.Module):
             raise KinvecError(f"{final}: the folder is not empty and not a model saved by kinvec; choose another name")
         beside = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
         try:
+            beside.mkdir(parents=True)
             with saying_full(beside, sum(value.nbytes for value in self.state_dict().values())):
                 write_folder(self, self._unrounded(), beside)
         except BaseException:

@@ -104,7 +104,10 @@ def test_the_command_prints_a_table_and_json(beir: Path, tmp_path: Path, capsys:
     assert told["metrics"] == json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
 
 
-def test_columns_of_other_names_are_named(tmp_path: Path, main: Callable[..., tuple[int, str]]) -> None:
+def test_columns_of_other_names_are_named(
+    tmp_path: Path, main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # so that no path is broken
     asked = [("rivers", "Rivers flow to the sea."), ("markets", "Stock markets fell.")]
     (tmp_path / "faq.csv").write_text("Frage,Antwort\n" + "".join(f"{a},{b}\n" for a, b in asked))
     data, named = str(tmp_path / "faq.csv"), ("--column", "query=Frage", "--column", "pos_doc=Antwort")

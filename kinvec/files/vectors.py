@@ -96,8 +96,8 @@ def listed(
     """
     sweep_beside(folder)
     beside = beside_path(folder.with_name(f"{folder.name}.new"))
-    beside.mkdir(parents=True)
-    try:
+    try:  # a signal may come as soon as the folder is there
+        beside.mkdir(parents=True)
         rows = {side: _write_ids(beside / f"{side}.ids", side, texts) for side, texts in sides.items()}
         _write_judgements(beside / QRELS, judgements)
         yield beside, rows

@@ -165,8 +165,8 @@ def _workplace(destination: Path, size: int) -> Iterator[Path]:
     for left in work.parent.glob(f".{glob.escape(destination.name)}.*.work"):
         shutil.rmtree(left, ignore_errors=True)
     sweep_beside(destination)
-    work.mkdir(parents=True)
-    try:
+    try:  # a signal may come as soon as the folder is there
+        work.mkdir(parents=True)
         with saying_full(work, size):
             yield work
     finally:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,6 +16,12 @@ Number = float | int  # JSON has both for the same thing
 
 def render(data: Mapping[str, Any]) -> str:
     """The page, from what `collect` returned."""
+    return _templates().get_template("report.html.j2").render(data)
+
+
+@cache
+def _templates() -> Environment:
+    """Compiled once for all pages of a process."""
     templates = Environment(
         loader=PackageLoader("kinvec"),
         autoescape=lambda name: name is None or not name.endswith((".css", ".js")),
@@ -31,7 +38,7 @@ def render(data: Mapping[str, Any]) -> str:
         "embed": embed,
     }
     templates.globals |= {"axis": axis, "zip": zip}
-    return templates.get_template("report.html.j2").render(data)
+    return templates
 
 
 def embed(value: Any) -> str:

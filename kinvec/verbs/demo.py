@@ -205,14 +205,15 @@ def size_problem(
     def test_queries(train: int) -> int:
         return min(available[1], max(TEST_QUERIES[0], min(TEST_QUERIES[1], train // 3)))
 
+    sizes = range(FEWEST_PAIRS, available[0] + 1, 50) or [available[0]]
+
     def fitting(words: int) -> Size:
-        sizes = range(FEWEST_PAIRS, available[0] + 1, 50)
         costs = ((n, run_seconds(n, test_queries(n), lengths[words], speed)) for n in sizes)
         fits = [(n, cost) for n, cost in costs if cost <= seconds]
-        train, cost = fits[-1] if fits else (min(FEWEST_PAIRS, available[0]), seconds)
+        train, cost = fits[-1] if fits else (sizes[0], seconds)
         return Size(train, test_queries(train), words, round(cost, 1))
 
-    enough = min(ENOUGH_PAIRS, available[0] - 50)
+    enough = min(ENOUGH_PAIRS, sizes[-1])
     choices = [fitting(words) for words in sorted(lengths)]
     return next((size for size in reversed(choices) if size.train >= enough), choices[0])
 
