@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -51,10 +52,18 @@ def start() -> None:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=PATIENCE)
     _beside = dist.new_group(backend="gloo", timeout=PATIENCE)
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_leave)
     if rank:
         console.silent = True
         sys.stdout = open(os.devnull, "w")
+
+
+def _leave() -> None:
+    """End gloo's threads before Python ends: one that lets go of a tensor afterwards would abort the process."""
+    global _beside
+    _beside = None
+    dist.destroy_process_group()
+    time.sleep(0.05)  # to let go they need the interpreter's lock, which nobody else gives them now
 
 
 def world() -> int:
