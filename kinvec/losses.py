@@ -41,13 +41,18 @@ def info_nce(
         scores = queries @ documents.T / temperature
         return _cross_entropy(scores.masked_fill(closed, float("-inf")), targets, label_smoothing)
 
-    rows = max(1, SCORES // len(documents))
+    rows = at_once(len(documents))
     blocks = list(zip(queries.split(rows), targets.split(rows), range(0, len(queries), rows), strict=True))
     if len(blocks) == 1:
         losses = some(queries, targets, 0)
     else:
         losses = torch.cat([checkpoint(some, *block, use_reentrant=False) for block in blocks])
     return (losses * weights).sum() / weights.sum()
+
+
+def at_once(documents: int) -> int:
+    """Queries whose scores with so many documents are held at a time."""
+    return max(1, SCORES // documents)
 
 
 def dense(
@@ -84,15 +89,8 @@ def info_nce_both_ways(
     """
     forth = info_nce(queries, documents, targets, excluded, weights, temperature, label_smoothing, seen_by)
     own = torch.arange(len(queries), device=queries.device)
-    back = info_nce(
-        documents.index_select(0, targets),
-        queries,
-        own,
-        _mirrored(excluded, targets),
-        weights,
-        temperature,
-        label_smoothing,
-    )
+    positives, mirrored = documents.index_select(0, targets), _mirrored(excluded, targets)
+    back = info_nce(positives, queries, own, mirrored, weights, temperature, label_smoothing)
     return (forth + back) / 2
 
 
@@ -102,9 +100,14 @@ def _mirrored(excluded: Int[Tensor, "e 2"], targets: Int[Tensor, " B"]) -> Int[T
     query, document = excluded.T.contiguous()
     first, last = torch.searchsorted(ordered, document), torch.searchsorted(ordered, document, right=True)
     count = last - first  # of the queries that have this document as their target
-    pair = torch.repeat_interleave(count)
-    place = torch.arange(len(pair), device=pair.device) - (count.cumsum(0) - count)[pair] + first[pair]
-    return torch.stack([order[place], query[pair]], dim=1)
+    pair, place = _members(count)
+    return torch.stack([order[first[pair] + place], query[pair]], dim=1)
+
+
+def _members(count: Int[Tensor, " g"]) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
+    """The group of every member, and its place in it, of groups of so many members, one group after another."""
+    group = torch.repeat_interleave(count)
+    return group, torch.arange(len(group), device=group.device) - (count.cumsum(0) - count)[group]
 
 
 def _cosine(a: Float[Tensor, "A d"], b: Float[Tensor, "B d"]) -> Float[Tensor, "A B"]:
@@ -155,11 +158,9 @@ def kl_distillation(
 
 def _own_documents(owner: Int[Tensor, " N"], queries: int) -> Int[Tensor, "B m"]:
     """The documents that each query brought, in their order; −1 where others brought more."""
-    order = owner.argsort(stable=True)
     count = torch.bincount(owner, minlength=queries)
-    place = torch.arange(len(owner), device=owner.device) - (count.cumsum(0) - count)[owner[order]]
     own = owner.new_full((queries, int(count.max())), -1)
-    own[owner[order], place] = order
+    own[_members(count)] = owner.argsort(stable=True)
     return own
 
 

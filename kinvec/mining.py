@@ -23,10 +23,11 @@ from pydantic import Field
 from kinvec.config import Settings
 from kinvec.console import progress, say
 from kinvec.contracts import KinvecError, RetrievalData
+from kinvec.distributed import CPU
 from kinvec.files import text_keys
 from kinvec.machine import forget, release_pages
 from kinvec.tasks.lexical import rankings
-from kinvec.topk import BEST_BYTES, CANDIDATE_BYTES, CPU, CROWD, FEW, QUERY_ROWS, Best, pair_scores, top_k
+from kinvec.topk import BEST_BYTES, CANDIDATE_BYTES, CROWD, FEW, QUERY_ROWS, Best, pair_scores, rank_ids, top_k
 
 Judge = Callable[[str, Sequence[str]], np.ndarray]
 TEXTS_AT_ONCE = 65_536
@@ -146,6 +147,7 @@ def mine(
     the order stays that of the search. The corpus is read once for every `at_once` queries; memory grows with neither.
     """
     texts, deepest = [data.queries[query] for query in data.qrels], deepest_rank(judged, settings)
+    search = partial(_search, shards=shards, ranks=rank_ids(data.corpus.ids), device=device)
     for start in range(0, len(queries), at_once):
         group = range(start, min(start + at_once, len(queries)))
         vectors = np.ascontiguousarray(queries[group.start : group.stop], dtype=np.float32)
@@ -155,7 +157,6 @@ def mine(
                 return judge(texts[query], [data.corpus.texts[row] for row in rows])
             return _scores(vectors[query - first], rows, shards)
 
-        search = partial(_search, shards=shards, ids=data.corpus.ids, device=device)
         dense = search(vectors, depth=deepest)
         lexical = np.full((len(group), 0), -1, dtype=np.int64)
         if settings.lexical:
@@ -191,17 +192,17 @@ def _filled(
 
 
 def _search(
-    vectors: Float32[np.ndarray, "q d"], shards: Sequence[np.ndarray], ids: Sequence[str], device: torch.device,
-    depth: int, ceilings: Float32[np.ndarray, " q"] | None = None,
+    vectors: Float32[np.ndarray, "q d"], shards: Sequence[np.ndarray], ranks: Int64[np.ndarray, " n"],
+    device: torch.device, depth: int, ceilings: Float32[np.ndarray, " q"] | None = None,
 ) -> Best:  # fmt: skip
     what = "searching" if ceilings is None else "searching below the limits"
-    with progress(f"{what} for {len(vectors):,} queries", len(ids)) as bar:
+    with progress(f"{what} for {len(vectors):,} queries", len(ranks)) as bar:
 
         def told(rows: int) -> None:
             bar.advance(rows)
             release_pages()  # an embedder keeps what it frees (see `machine.keep_pages`), and blocks are large
 
-        return top_k(vectors, shards, ids, depth, ceilings, told, device)
+        return top_k(vectors, shards, ranks, depth, ceilings, told, device)
 
 
 def _chosen(

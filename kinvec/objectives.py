@@ -27,9 +27,9 @@ from kinvec.contracts import KinvecError, RecipeError
 from kinvec.embedder import Embedder
 from kinvec.losses import (
     LOSSES,
-    SCORES,
     TRIPLETS,
     Mined,
+    at_once,
     cosent,
     cosine_regression,
     kl_distillation,
@@ -187,7 +187,7 @@ def guided(name: str, margin: float) -> Callable[[PairBatch], Int[Tensor, "e 2"]
             for side, texts in (("query", batch.queries), ("document", batch.documents))
         )
         queries, documents = functional.normalize(queries, dim=1), functional.normalize(documents, dim=1)
-        rows = max(1, SCORES // len(documents))
+        rows = at_once(len(documents))
 
         def near(first: int) -> Int[Tensor, "e 2"]:
             cosines, targets = queries[first : first + rows] @ documents.T, batch.targets[first : first + rows, None]

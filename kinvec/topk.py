@@ -30,9 +30,8 @@ from torch import Tensor
 
 from kinvec import distributed
 from kinvec.contracts import KinvecError
+from kinvec.distributed import CPU
 from kinvec.machine import forget, multiplies_bf16
-
-CPU = torch.device("cpu")
 
 DOCUMENT_ROWS = 16_384  # b; a block of scores is at most QUERY_ROWS × DOCUMENT_ROWS, 16 MiB in bf16
 QUERY_ROWS = 512

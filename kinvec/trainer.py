@@ -307,9 +307,8 @@ def _step(
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            if distributed.world() > 1 and not isinstance(
-                error, distributed.OutOfMemory
-            ):  # the others wait for this one
+            known_to_all = isinstance(error, distributed.OutOfMemory)
+            if distributed.world() > 1 and not known_to_all:  # the others wait for what will not come
                 raise KinvecError(
                     f"out of memory at step {state.step + 1} in process {distributed.rank()} of several; lower "
                     f"trainer.chunk_tokens (now {state.chunk_tokens}) or trainer.memory_budget, and start again"

@@ -41,9 +41,8 @@ def evaluate(
     (`st:NAME`), or one on a server (`https://HOST/v1`); `bm25` is the lexical baseline by itself. With `embeddings`, a
     folder that `kinvec embed` wrote, its vectors are scored instead of a model, by the judgements of `data` or by its
     own. `measures` default to the task's own. With `cheaper` the result also says what fewer dimensions (`dimensions`:
-    which) and bits cost (`tasks.cheaper`). With `out` the result is written there. Raises
-    `RecipeError` for arguments that do not go together and `KinvecError` for what is wrong with data or model, before
-    anything is encoded.
+    which) and bits cost (`tasks.cheaper`). With `out` the result is written there. Raises `RecipeError` for arguments
+    that do not go together and `KinvecError` for what is wrong with data or model, before anything is encoded.
     """
     from kinvec import tasks
     from kinvec.contracts import RecipeError, one_sentence
