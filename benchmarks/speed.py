@@ -1,11 +1,11 @@
 """`make bench`: kinvec beside sentence-transformers on the same texts, alternating in one run; medians and ratios.
 
-Encoding: kinvec at its default precision against the peer's default (float32) and its bf16 weights, on documents and on
-texts of 5 to 250 tokens. Training: batch 32, 256 tokens, dropout 0.1, against the peer's default trainer and its
-`bf16=True`. Beside them: the machine's measured matrix-product roof, the share of it that is reached, peak memory,
-fidelity (cosine to float32; nDCG@10 where all of SciFact is encoded), and start-up times of every verb. The bf16 arms
-are left out where the processor has no bf16 product (they would be emulated, hundreds of times slower), and the result
-says so. `--encode kinvec:int8 peer:bf16 …` encodes with these arms alone, and compares vectors with the first one's.
+Encoding: kinvec at its default precision and in int8 against the peer's default (float32) and its bf16 weights, on
+documents and on texts of 5 to 250 tokens. Training: batch 32, 256 tokens, dropout 0.1, against the peer's default
+trainer and its `bf16=True`. Beside them: the machine's measured matrix-product roof, the share of it that is reached,
+peak memory, fidelity (cosine to float32; nDCG@10 where all of SciFact is encoded), and start-up times of every verb. The
+bf16 arms are left out where the processor has no bf16 product (they would be emulated, hundreds of times slower), and
+the result says so. `--encode kinvec:int8 peer:bf16 …` encodes with these arms alone, and compares vectors with the first one's.
 Results go to benchmarks/results/, with versions and machine.
 """
 
@@ -132,8 +132,8 @@ def flops(lengths: np.ndarray, training: bool) -> float:
     return forward * (3 if training else 1)
 
 
-def fidelity(folder: Path, one: str = "kinvec-auto", other: str = "peer-fp32") -> dict[str, float]:
-    """Cosine of an arm's vectors to those of another: kinvec's to the peer's float32 ones."""
+def fidelity(folder: Path, one: str, other: str = "peer-fp32") -> dict[str, float]:
+    """Cosine of an arm's vectors to those of another, the peer's float32 ones unless it is named."""
     ours, theirs = np.load(folder / f"{one}.npy"), np.load(folder / f"{other}.npy")
     cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
     return {"cosine_mean": round(float(cosines.mean()), 6), "cosine_least": round(float(cosines.min()), 6)}
@@ -222,23 +222,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts, mixed, pairs, result["data"] = texts_and_pairs(folder, options.texts)
+        encoders = [arms[0], ("kinvec", "int8"), *arms[1:]]
         for job, source in (("mixed", mixed), ("encode", texts)):  # vectors of the last are looked at
-            result[job] = alternate("encode", arms, source, options.rounds, folder)
+            result[job] = alternate("encode", encoders, source, options.rounds, folder)
             lengths = token_counts(source, "text")
             for row in result[job].values():
                 row["texts_per_s"], row["tokens_per_s"] = len(lengths) / row["seconds"], sum(lengths) / row["seconds"]
                 row["share_of_roof"] = flops(lengths, False) / row["seconds"] / best
-        near = fidelity(folder) | ({} if options.texts else found_by(folder, arms))
+        near = {f"{who} {name}": fidelity(folder, f"{who}-{name}") for who, name in encoders}
+        found = {} if options.texts else found_by(folder, encoders)
         result["train"] = alternate("train", arms, pairs, options.rounds, folder)
         lengths = token_counts(pairs, "query", "pos_doc")
         for row in result["train"].values():
             row["pairs_per_s"] = BATCH * (LONG - SHORT) / row["seconds"]
             row["share_of_roof"] = row["pairs_per_s"] * flops(lengths, True) / (len(lengths) / 2) / best
     for job in ("encode", "mixed", "train"):
-        ours = result[job]["kinvec auto"]["seconds"]
-        peers = [key for key in result[job] if key.startswith("peer")]
-        result[job]["times_faster_than"] = {key: round(result[job][key]["seconds"] / ours, 2) for key in peers}
-    result["encode"]["fidelity"] = near
+        seconds = {name: row["seconds"] for name, row in result[job].items()}
+        ours, peers = ([name for name in seconds if name.startswith(who)] for who in ("kinvec", "peer"))
+        result[job]["times_faster_than"] = {
+            name: {peer: round(seconds[peer] / seconds[name], 2) for peer in peers} for name in ours
+        }
+    result["encode"]["fidelity"] = near | found
     write(result, f"speed-{result['date']}-{'bf16' if bf16 else 'fp32'}")
 
 

@@ -1,16 +1,18 @@
 """int8 for encoding: linear layers multiply 8-bit integers, each token and each output with a scale of its own.
 
 Weights are rounded once, activations as they come, so that nothing is calibrated (the vector-wise quantisation of
-LLM.int8(), Dettmers et al. 2022, without its exception for outliers). A token has its own range, and sums of integers
-are exact: neighbours, rows and threads change no bit of a product. Attention, norms and all else stay in bf16 where the
-processor multiplies it, else in float32.
+LLM.int8(), Dettmers et al. 2022). Before that both are turned by the same orthogonal matrix, which changes no product,
+(x H) · (w H) = x · w, and leaves no number that stands out and takes the codes from all others (QuaRot, Ashkboos et al.
+2024). Sums of integers are exact: neighbours, rows and threads change no bit of a product. Attention, norms and all
+else stay in bf16 where the processor multiplies it, else in float32.
 
-Shapes: T = tokens, i = inputs, o = outputs of a layer.
+Shapes: T = tokens, i = inputs, o = outputs of a layer, p = inputs filled up to whole vectors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,67 +21,73 @@ from torch import Tensor, nn
 
 from kinvec.contracts import KinvecError
 from kinvec.fused import fuse_projections
+from kinvec.kernels import LANES, compiled_for, rounded, scaled
 
 MOST = 127  # codes are −127 to 127
 ZERO = 128  # added to the codes of activations: processors multiply unsigned bytes by signed ones
-SLAB = 2**18  # numbers that are rounded at a time: their float32 copies stay in the cache
-FINEST = 1e-4  # the least step of codes, of the numbers themselves: nearly equal ones would lose it in float32
-TINY = 1e-20  # the least step of zeros
+GROUP = 128  # numbers that are turned together, at most: more brings nothing (docs/experiments.md)
+TINY = 1e-20  # the least scale
 
 
 class Int8Linear(nn.Module):
-    """Linear layers that read the same input as one product of 8-bit integers, their outputs side by side.
+    """Linear layers that read the same input as one product of 8-bit integers, their outputs side by side."""
 
-    Activations are rounded between their least and their largest value, which are not symmetric about 0: x = middle +
-    scale · codes. What the middle adds to an output is large where its weights do not sum to 0, and would drown the
-    rest in bf16. So each output's mean weight is taken off before rounding, and its share added apart:
-    x · w = scale · (codes · w′) + middle · sum(w′) + sum(x) · mean(w).
-    """
-
-    apart: Tensor
+    bias: Tensor
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
-        weight = torch.cat([layer.weight.detach().float() for layer in layers])
+        weight = turned(torch.cat([layer.weight.detach().float() for layer in layers]))
         biases: list[Any] = [layer.bias for layer in layers]  # all of them, or none
-        bias = torch.zeros(len(weight)) if biases[0] is None else torch.cat(biases)
-        mean = weight.mean(1)
-        weight -= mean[:, None]
-        scale = weight.abs().amax(1).clamp_(min=TINY).div_(MOST)
+        bias = torch.zeros(len(weight)) if biases[0] is None else torch.cat(biases).detach().float()
+        scale = weight.abs().amax(1).clamp_(min=TINY * MOST).div_(MOST)
         codes = weight.div_(scale[:, None]).round_().to(torch.int8)
         self.register_buffer("weight", codes)
         self.register_buffer("scale", scale)
-        self.register_buffer("apart", torch.stack([codes.sum(1) * scale, mean, bias.detach().float()]))
+        self.register_buffer("bias", bias)
         self._zeros = torch.zeros(len(scale), dtype=torch.long)
         self._packed = torch.ops.onednn.qlinear_prepack(codes, None)  # as the processor's kernel reads it
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         """The layers' outputs, in the type of x."""
-        codes, scale, apart = round_tokens(x.reshape(-1, x.shape[-1]))
+        codes, scale = round_tokens(x.reshape(-1, x.shape[-1]))
         out = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, ZERO, self._packed, self.scale, self._zeros, None, 1.0, 0, x.dtype, "none", [], ""
         )
-        torch.addcmul(apart.to(x.dtype) @ self.apart.to(x.dtype), out, scale.to(x.dtype), out=out)
+        if compiled_for(out):
+            scaled(out, scale, self.bias)
+        else:
+            torch.addcmul(self.bias.to(x.dtype), out, scale.to(x.dtype), out=out)
         return out.view(*x.shape[:-1], -1)
 
 
-def round_tokens(x: Float[Tensor, "T i"]) -> tuple[UInt8[Tensor, "T i"], Float[Tensor, "T 1"], Float[Tensor, "T 3"]]:
-    """Codes of activations, x = middle + scale · (code − ZERO) to half a scale; scales; and middle, sum of x, 1.
+def round_tokens(x: Float[Tensor, "T i"]) -> tuple[UInt8[Tensor, "T p"], Float[Tensor, "T 1"]]:
+    """Codes and scales of activations: what is `turned` is scale · (code − ZERO), to half a scale."""
+    if compiled_for(x):
+        return rounded(x, _turn(x.shape[1])[1], TINY)
+    x = turned(x.float())
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=TINY * MOST).div_(MOST)
+    return x.div_(scale).add_(ZERO + 0.5).to(torch.uint8), scale  # cut off, which rounds: none is negative
 
-    A token's middle lies between its least and its largest value, MOST scales from either.
+
+def turned(x: Float[Tensor, "n i"]) -> Float[Tensor, "n p"]:
+    """Rows filled up with 0, and every group of their numbers turned: products of rows stay."""
+    filled = nn.functional.pad(x, (0, -x.shape[1] % LANES))
+    matrix, _ = _turn(x.shape[1])
+    return (filled.view(-1, len(matrix)) @ matrix).view(filled.shape)
+
+
+@cache
+def _turn(inputs: int) -> tuple[Float[Tensor, "group group"], Float[Tensor, " group"]]:
+    """Sylvester's Hadamard matrix with signs for its rows, and the signs: what turns groups of a row's numbers.
+
+    A group is the largest power of two that divides the row when it is filled up, at most GROUP. The matrix gathers
+    what all numbers share into one; with the signs of Rudin and Shapiro before it, that too is spread evenly.
     """
-    codes, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
-    apart = torch.ones(len(x), 3)
-    rows = max(1, SLAB // x.shape[1])
-    for start in range(0, len(x), rows):
-        here = slice(start, start + rows)
-        slab = x[here].to(torch.float32, copy=True)
-        least, most = slab.amin(-1, keepdim=True), slab.amax(-1, keepdim=True)
-        step = torch.maximum((most - least) / (2 * MOST), FINEST * (most.abs() + least.abs())).clamp_(min=TINY)
-        middle = (least + most) / 2
-        scale[here], apart[here, :1], apart[here, 1] = step, middle, slab.sum(-1)
-        codes[here] = slab.mul_(1 / step).add_(ZERO + 0.5 - middle / step)  # cut off, which rounds: none is negative
-    return codes, scale, apart
+    filled = inputs + -inputs % LANES
+    places = range(min(filled & -filled, GROUP))
+    odd = torch.tensor([[(i & j).bit_count() % 2 for j in places] for i in places])
+    signs = torch.tensor([1.0 - 2.0 * ((i & i >> 1).bit_count() % 2) for i in places])
+    return signs[:, None] * (1.0 - 2.0 * odd) / len(places) ** 0.5, signs
 
 
 def quantise(model: nn.Module) -> None:

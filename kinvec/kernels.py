@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from threadpoolctl import threadpool_info
 from torch import Tensor
 
@@ -35,12 +35,15 @@ from kinvec.files.writing import replacing
 
 SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-strict-aliasing")
+LANES = 16  # numbers of a vector in `csrc`
 SECONDS = 60  # a compiler that takes longer is given up
 ROWS, CHANCE = (c_long, c_long, c_int), (c_uint32, c_float, c_uint64)  # rows, width, half; `draw`
 ARGUMENTS = {
     "softmax": (*3 * [c_void_p], c_float, *ROWS, *CHANCE),
     "softmax_backward": (*3 * [c_void_p], c_float, *ROWS, c_float),
     "dropout": (*2 * [c_void_p], *ROWS, *CHANCE),
+    "round_rows": (*4 * [c_void_p], *ROWS, c_int, c_float),
+    "scale_rows": (*3 * [c_void_p], *ROWS),
     "attention": (*7 * [c_void_p],),
     "attention_backward": (*11 * [c_void_p],),
     "add_norm": (*7 * [c_void_p], *ROWS, c_int, c_int, c_float, *CHANCE),
@@ -188,6 +191,22 @@ def dropped(x: Float[Tensor, "*r n"], chance: tuple[int, float, int]) -> Float[T
     out = torch.empty_like(x)
     _in_c().dropout(x.data_ptr(), out.data_ptr(), *_layout(x), *chance)
     return out
+
+
+def rounded(
+    x: Float[Tensor, "r n"], signs: Float[Tensor, " group"], tiny: float
+) -> tuple[UInt8[Tensor, "r p"], Float[Tensor, "r 1"]]:
+    """`int8.round_tokens`, of groups of as many numbers as there are signs; only where `compiled_for(x)`."""
+    rows, width, half = _layout(x)
+    codes, scales = torch.empty(rows, width + -width % LANES, dtype=torch.uint8), torch.empty(rows, 1)
+    places = [tensor.data_ptr() for tensor in (x, signs, codes, scales)]
+    _in_c().round_rows(*places, rows, width, half, len(signs) // LANES, tiny)
+    return codes, scales
+
+
+def scaled(x: Float[Tensor, "r n"], scales: Float[Tensor, "r 1"], bias: Float[Tensor, " n"]) -> None:
+    """Each row of x times its scale, plus bias, in place; only where `compiled_for(x)`."""
+    _in_c().scale_rows(x.data_ptr(), scales.data_ptr(), bias.data_ptr(), *_layout(x))
 
 
 def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Int[Tensor, "..."]:
