@@ -3,10 +3,10 @@
 Encoding: kinvec at its default precision and in int8 against the peer's default (float32) and its bf16 weights, on
 documents and on texts of 5 to 250 tokens. Training: batch 32, 256 tokens, dropout 0.1, against the peer's default
 trainer and its `bf16=True`. Beside them: the machine's measured matrix-product roof, the share of it that is reached,
-peak memory, fidelity (cosine to float32; nDCG@10 where all of SciFact is encoded), and start-up times of every verb. The
-bf16 arms are left out where the processor has no bf16 product (they would be emulated, hundreds of times slower), and
-the result says so. `--encode kinvec:int8 peer:bf16 …` encodes with these arms alone, and compares vectors with the first one's.
-Results go to benchmarks/results/, with versions and machine.
+peak memory, fidelity (cosine to float32; nDCG@10 where all of SciFact is encoded), and start-up times of every verb.
+The bf16 arms are left out where the processor has no bf16 product (they would be emulated, hundreds of times slower),
+and the result says so. `--encode kinvec:int8 peer:bf16 …` encodes with these arms alone, and compares vectors with
+the first one's. Results go to benchmarks/results/, with versions and machine.
 """
 
 from __future__ import annotations
