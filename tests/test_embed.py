@@ -320,6 +320,33 @@ def test_the_verb_end_to_end(
 
 
 @pytest.mark.usefixtures("loaded_once")
+def test_columns_by_other_names_are_embedded_mined_and_scored(
+    tmp_path: Path, main: Callable[..., tuple[int, str]], one_thread: None
+) -> None:
+    topics = "tides volcanoes bread violins glaciers bees trains coffee rainbows chess".split()
+    rows = [{"Frage": f"what are {topic}?", "Titel": topic, "Antwort": f"all about {topic}"} for topic in topics]
+    source, plain = tmp_path / "faq.jsonl", tmp_path / "plain.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain.write_text(
+        "".join(json.dumps({"query": r["Frage"], "pos_doc": f"{r['Titel']} {r['Antwort']}"}) + "\n" for r in rows)
+    )
+    named = ["--column", "query=Frage", "--column", "pos_doc=Titel+Antwort"]
+    for name, file, columns in (("named", source, named), ("plain", plain, [])):
+        out = str(tmp_path / name)
+        both, model = ["--queries", str(file), "--docs", str(file)], ["--model", MINILM, "--precision", "fp32"]
+        assert main("embed", *model, *both, "--out", out, *columns)[0] == 0
+        told = main("evaluate", "--embeddings", out, "--data", str(file), *columns, "--json")
+        mined = main("mine", *model, "--data", str(file), "--out", f"{out}-mined", "--json", *columns)
+        assert told[0] == mined[0] == 0
+    for file in ("query.npy", "query.ids", "doc.npy", "doc.ids"):
+        assert (tmp_path / "named" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    mined_rows = [(tmp_path / f"{name}-mined" / "train.jsonl").read_text() for name in ("named", "plain")]
+    assert mined_rows[0] == mined_rows[1] and len(mined_rows[0].splitlines()) == len(topics)
+    code, said = main("embed", *model, *both, "--out", str(tmp_path / "named"), *columns)
+    assert code != 0 and "columns" in said, "other columns are other texts"
+
+
+@pytest.mark.usefixtures("loaded_once")
 def test_vectors_score_as_the_model_does(shared_data: Path, tmp_path: Path) -> None:
     """`evaluate --embeddings` with the data beside it equals `evaluate --model`, query by query."""
     from kinvec import tasks

@@ -83,7 +83,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(beir: Path, tmp_path: Pa
             "train.csv beside test.csv",
             {"model": MINILM, "data": tmp_path / "labels.csv", "task": "classification"},
         ),
-        (RecipeError, "--column go with --model", {"embeddings": beir, "columns": {"query": "question"}}),
+        (RecipeError, "^--column says what .* add --data", {"embeddings": beir, "columns": {"query": "question"}}),
         (RecipeError, "there is no task 'nli'", {"model": MINILM, "data": beir, "task": "nli"}),
         (RecipeError, "--task reranking goes with --model", {"embeddings": beir, "task": "reranking"}),
         (KinvecError, "no such file", {"model": MINILM, "data": tmp_path / "absent"}),

@@ -172,6 +172,32 @@ def test_queries_and_documents_as_streams(tmp_path: Path, beir_folder: Path) -> 
         list(read_queries(jsonl(tmp_path / "other.jsonl", [{"body": "x"}])))
 
 
+def test_streams_of_columns_by_other_names(tmp_path: Path) -> None:
+    (tmp_path / "docs.csv").write_text("key;Titel;Inhalt\n7;Eins;erster Text\n8;;zweiter\n", "utf-8")
+    named = {"pos_id": "key", "pos_doc": "Titel+Inhalt"}
+    assert list(read_documents(tmp_path / "docs.csv", columns=named)) == [("7", "Eins erster Text"), ("8", "zweiter")]
+    assert list(read_documents(tmp_path / "docs.csv", columns={"text": "Inhalt", "query": "Frage"})) == [
+        (text_id("erster Text"), "erster Text"), (text_id("zweiter"), "zweiter"),
+    ]  # fmt: skip
+    asked = jsonl(tmp_path / "asked.jsonl", [{"Nr": "1", "Frage": "was?", "text": "no", "doc_id": "7"}])
+    named = {"query": "Frage", "query_id": "Nr"}
+    assert list(read_queries(asked, columns=named)) == [("1", "was?")]
+    assert list(read_judgements(asked, columns=named)) == [("1", "7", 1)]
+    pairs = jsonl(tmp_path / "pairs.jsonl", [{"Frage": "q", "Antwort": "a"}, {"Frage": "q", "Antwort": "b"}])
+    named = {"query": "Frage", "pos_doc": "Antwort"}
+    assert [text for _, text in read_queries(pairs, columns=named)] == ["q"]
+    assert [text for _, text in read_documents(pairs, columns=named)] == ["a", "b"]
+    with pytest.raises(
+        KinvecError, match=r"docs.csv: there is no column 'Text'; name those there are in columns: 'key'"
+    ):
+        list(read_documents(tmp_path / "docs.csv", columns={"pos_id": "key", "text": "Text"}))
+    with pytest.raises(KinvecError, match="columns: there is no role 'txt'; did you mean 'text'"):
+        list(read_documents(tmp_path / "docs.csv", columns={"txt": "Inhalt"}))
+    jsonl(tmp_path / "late.jsonl", [{"body": "x"}] * 200 + [{"other": "y"}])
+    with pytest.raises(DataError, match="late.jsonl:201: none of body is in the row"):
+        list(read_documents(tmp_path / "late.jsonl", columns={"text": "body"}))
+
+
 def test_judgements_of_a_query_file(tmp_path: Path) -> None:
     rows = [
         {"query_id": "1", "query": "x", "doc_id": ["a", "b"]},

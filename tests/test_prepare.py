@@ -93,6 +93,15 @@ def test_prepared_texts_are_read_as_texts_and_made_again(articles: Path, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
 
 
+def test_a_column_by_another_name(tmp_path: Path, main: Callable[..., tuple]) -> None:
+    source, out = tmp_path / "pages.csv", tmp_path / "out"
+    source.write_text("Seite,Inhalt\n1,a first paragraph of words\n2,another one with other words\n")
+    assert main("prepare", str(source), "--out", str(out), "--holdout", "0", "--column", "text=Inhalt")[0] == 0
+    assert [text for _, text in read_documents(out / "train.jsonl")] == [
+        "a first paragraph of words", "another one with other words",
+    ]  # fmt: skip
+
+
 def test_what_is_wrong_is_said_and_leaves_nothing(articles: Path, tmp_path: Path, main: Callable[..., tuple]) -> None:
     out = tmp_path / "out"
     with pytest.raises(KinvecError, match="no text of at least 2000 characters is left"):

@@ -53,7 +53,7 @@ NEEDED = {
 ROLES = {role for aliases in ALIASES.values() for role in aliases}
 KNOWN_COLUMNS = {name for aliases in ALIASES.values() for names in aliases.values() for name in names}
 NLI_LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1, "": -1}  # no label: the annotators disagreed
-NAMING = "--column query=NAME (check, evaluate) or columns: {query: NAME} (in a recipe)"
+NAMING = "--column query=NAME (check, evaluate, mine) or columns: {query: NAME} (in a recipe)"
 KNOWN = "known are query and pos_doc; first, second and score; premise, hypothesis and label; text and label; text"
 
 
@@ -117,16 +117,28 @@ def checked_columns(columns: Mapping[str, Any] | None) -> dict[str, tuple[str, .
     return given
 
 
+def present(given: Mapping[str, tuple[str, ...]], names: Sequence[str], source: str) -> dict[str, tuple[str, ...]]:
+    """The columns that a user named, as they are in a file of these; a name may have a '+' in it.
+
+    Raises `KinvecError` for one that is not there.
+    """
+    found = {role: ("+".join(parts),) if "+".join(parts) in names else parts for role, parts in given.items()}
+    absent = next((part for parts in found.values() for part in parts if part not in names), None)
+    if absent is not None:
+        raise KinvecError(f"{source}: there is no column '{absent}'; name those there are in columns: {_listed(names)}")
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names[:12])
+
+
 def roles_of(
     sample: list[dict[str, Any]], name: str, kind: str | None, given: Mapping[str, tuple[str, ...]]
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
     """The kind that records like these hold, and the columns of each role."""
     names = list(dict.fromkeys(str(key) for record in sample for key in record))
-    given = {role: ("+".join(parts),) if "+".join(parts) in names else parts for role, parts in given.items()}
-    absent = next((part for parts in given.values() for part in parts if part not in names), None)
-    have = ", ".join(repr(n) for n in names[:12])
-    if absent is not None:
-        raise KinvecError(f"{name}: there is no column '{absent}'; name those there are in columns: {have}")
+    given, have = present(given, names, name), _listed(names)
     candidates = {None: tuple(ALIASES), "retrieval": ("retrieval", "nli"), "pairs": ("nli", "pairs")}.get(
         kind, (kind or "",)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from kinvec.files import beir
 from kinvec.files.arrow import ArrowStrings, cached_table, fingerprint_of
 from kinvec.files.forms import Form, form_of, records_of
 from kinvec.files.problems import BadValue, DataError, Notes
-from kinvec.files.roles import ALIASES, KNOWN_COLUMNS, NEEDED, sample_of
+from kinvec.files.roles import ALIASES, KNOWN_COLUMNS, NEEDED, checked_columns, present, sample_of
 from kinvec.files.rows import Row, as_list, checked_text, ids_of, number_of
 from kinvec.files.sources import existing, has_split
 from kinvec.files.table import Table, detect_kind, open_data
@@ -176,51 +176,57 @@ def open_problem(
     return OPENERS[kind](source, split=split, columns=columns, kind=task)
 
 
-def read_queries(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, str]]:
+def read_queries(
+    source: str | Path, *, split: str = "train", columns: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, str]]:
     """(id, text) of every query of a source, in its order, streamed.
 
     A file of queries (`_id` or `query_id` beside `text`, `query` or `question`; or one text a line), or the one in a
-    BEIR folder, gives every row; retrieval examples give each query once. A query without an id has one made from its
-    text. Raises `DataError` at the first row that is no query.
+    BEIR folder, gives every row; retrieval examples give each query once. `columns` are the names of `query` (or
+    `text`) and `query_id`, where they are others. A query without an id has one made from its text. Raises `DataError`
+    at the first row that is no query, `KinvecError` for a column that is not there.
     """
-    return _texts(str(source), QUERIES, split)
+    return _texts(str(source), QUERIES, split, columns)
 
 
-def read_documents(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, str]]:
+def read_documents(
+    source: str | Path, *, split: str = "train", columns: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, str]]:
     """(id, text) of every document of a source, in its order, streamed; a title is joined in front by one space.
 
-    As `read_queries`; retrieval examples give each positive and negative once. Empty documents are given too.
+    As `read_queries`, with `pos_doc` (or `text`) and `pos_id`; retrieval examples give each positive and negative once.
+    Empty documents are given too.
     """
-    return _texts(str(source), DOCUMENTS, split)
+    return _texts(str(source), DOCUMENTS, split, columns)
 
 
-def read_judgements(source: str | Path) -> Iterator[tuple[str, str, int]]:
+def read_judgements(source: str | Path, *, columns: Mapping[str, Any] | None = None) -> Iterator[tuple[str, str, int]]:
     """(query id, document id, grade) of every row of a query file that carries `doc_id` (a text or a list), streamed.
 
-    The grade is the row's `score` where it has one, else 1. Nothing where the rows carry no document ids.
+    The grade is the row's `score` where it has one, else 1. Nothing where the rows carry no document ids. `columns` as
+    in `read_queries`.
     """
     path = existing(str(source))
-    if path.is_dir():
-        return
-    for name, line, record in _records(path, str(source), QUERIES):
-        try:
-            yield from _judged_by(record)
-        except BadValue as bad:
-            raise DataError(bad.rule, name, line, bad.message, bad.remedy) from None
+    if not path.is_dir():
+        side = _as_named(path, str(source), QUERIES, columns)
+        for judged in _each(path, str(source), side, _judged_by):
+            yield from judged
 
 
-def _judged_by(record: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+def _judged_by(record: Mapping[str, Any], side: _Side) -> list[tuple[str, str, int]]:
     key = next((key for key in ("doc_id", "pos_id") if record.get(key)), None)
     if key is None:
-        return
-    query_id, _ = _entry(record, QUERIES)
+        return []
+    query_id, _ = _entry(record, side)
     documents, scores = ids_of(record[key], key), as_list(record.get("score", 1.0))
     if not documents:
-        return
+        return []
     if len(scores) not in (1, len(documents)):
         raise BadValue("schema", f"'score' has {len(scores)} entries for {len(documents)} documents")
-    for document, score in zip(documents, scores * (len(documents) if len(scores) == 1 else 1), strict=True):
-        yield query_id, document, int(number_of(score, "score"))
+    scores = scores * len(documents) if len(scores) == 1 else scores
+    return [
+        (query_id, document, int(number_of(score, "score"))) for document, score in zip(documents, scores, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -232,6 +238,8 @@ class _Side:
     texts: tuple[str, ...]
     columns: tuple[tuple[str, str], ...]  # where they stand in retrieval rows: (ids, texts)
     may_be_empty: bool
+    named: tuple[str, ...] = ()  # the columns of the text, all of them, where a user says so
+    title: str | None = None  # what is joined in front of it otherwise
 
 
 QUERIES = _Side(
@@ -241,49 +249,63 @@ QUERIES = _Side(
 DOCUMENTS = _Side(
     "corpus.jsonl", ("_id", "doc_id", "docid", "id"),
     ("text", "doc", "document", "passage", "contents", "sentence", "pos_doc"),
-    (("pos_id", "pos_doc"), ("neg_id", "neg_doc")), True,
+    (("pos_id", "pos_doc"), ("neg_id", "neg_doc")), True, title="title",
 )  # fmt: skip
 
 
-def _texts(source: str, side: _Side, split: str) -> Iterator[tuple[str, str]]:
+def _texts(source: str, side: _Side, split: str, columns: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     path = existing(source)
     if path.is_dir() and beir.is_beir(path):
         path, source = path / side.beir_file, str(path / side.beir_file)
-    if path.is_dir() or _holds_examples(path, source, side):
-        yield from _of_examples(open_data(source, split=split, kind="retrieval"), side)
-        return
-    for name, line, record in _records(path, source, side):
+    if path.is_dir() or _holds_examples(path, source, side, columns or {}):
+        yield from _of_examples(open_data(source, split=split, kind="retrieval", columns=columns), side)
+    else:
+        yield from _each(path, source, _as_named(path, source, side, columns), _entry)
+
+
+def _each(path: Path, source: str, side: _Side, read: Callable[[dict[str, Any], _Side], Any]) -> Iterator[Any]:
+    """What `read` makes of every row; what is wrong with one is told with its place."""
+    for line, record in records_of(path, source, _form(path, source, side), Notes(strict=True)):
         try:
-            yield _entry(record, side)
+            yield read(record, side)
         except BadValue as bad:
-            raise DataError(bad.rule, name, line, bad.message, bad.remedy) from None
+            raise DataError(bad.rule, source, line, bad.message, bad.remedy) from None
 
 
-def _holds_examples(path: Path, source: str, side: _Side) -> bool:
-    names = {name for record in sample_of(path, source, _form(path, source, side)) for name in record}
-    aliases = ALIASES["retrieval"]
-    return all(any(alias in names for alias in aliases[role]) for role in NEEDED["retrieval"])
+def _as_named(path: Path, source: str, side: _Side, columns: Mapping[str, Any] | None) -> _Side:
+    """The side with the columns that the user named."""
+    identity, text = side.columns[0]
+    given = {role: parts for role, parts in checked_columns(columns).items() if role in (identity, text, "text")}
+    if not given:
+        return side
+    form = _form(path, source, replace(side, named=tuple(part for parts in given.values() for part in parts)))
+    given = present(given, _names(path, source, form), source)
+    return replace(side, ids=given.get(identity, side.ids), named=given.get(text, given.get("text", ())))
+
+
+def _holds_examples(path: Path, source: str, side: _Side, given: Mapping[str, Any]) -> bool:
+    names, aliases = _names(path, source, _form(path, source, side)), ALIASES["retrieval"]
+    return all(role in given or any(alias in names for alias in aliases[role]) for role in NEEDED["retrieval"])
+
+
+def _names(path: Path, source: str, form: Form) -> list[str]:
+    return list(dict.fromkeys(name for record in sample_of(path, source, form) for name in record))
 
 
 def _form(path: Path, source: str, side: _Side) -> Form:
-    return form_of(path, source, {*KNOWN_COLUMNS, *side.ids, *side.texts})
-
-
-def _records(path: Path, source: str, side: _Side) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    for line, record in records_of(path, source, _form(path, source, side), Notes(strict=True)):
-        yield source, line, record
+    return form_of(path, source, {*KNOWN_COLUMNS, *side.ids, *side.texts, *side.named})
 
 
 def _entry(record: Mapping[str, Any], side: _Side) -> tuple[str, str]:
-    name = next((name for name in side.texts if name in record), None)
-    if name is None:
-        raise BadValue(
-            "schema", f"none of {', '.join(side.texts)} is in the row (it has {', '.join(record) or 'nothing'})"
-        )
-    text = checked_text(record[name], name, may_be_empty=side.may_be_empty)
-    if side is DOCUMENTS and record.get("title"):
-        text = f"{checked_text(record['title'], 'title')} {text}"
-    text = text.strip() if side is DOCUMENTS else text
+    names = side.named or tuple(name for name in side.texts if name in record)[:1]
+    if not names or any(name not in record for name in names):
+        wanted = ", ".join(side.named or side.texts)
+        remedy = "name it: --column text=NAME"
+        raise BadValue("schema", f"none of {wanted} is in the row (it has {', '.join(record) or 'nothing'})", remedy)
+    text = " ".join(checked_text(record[name], name, may_be_empty=side.may_be_empty) for name in names)
+    if side.title and not side.named and record.get(side.title):
+        text = f"{checked_text(record[side.title], side.title)} {text}"
+    text = text.strip() if side.title else text
     key = next((key for key in side.ids if record.get(key) not in (None, "")), None)
     ids = ids_of(record[key], key) if key else []
     return (ids[0] if ids else text_id(text)), text

@@ -21,6 +21,7 @@ def embed(
     *,
     queries: str | Path | None = None,
     docs: str | Path | None = None,
+    columns: Mapping[str, Any] | None = None,
     layout: str = "kinvec",
     stored: str = "float32",
     dimensions: int | None = None,
@@ -33,7 +34,8 @@ def embed(
 ) -> dict[str, Any]:
     """Embed `queries` and `docs` (one may be absent) into the folder `out`, and return its manifest.
 
-    `model`, `prompts` and `api_model` are those of `encoders.open_encoder`: a server's vectors can be kept, too.
+    `model`, `prompts` and `api_model` are those of `encoders.open_encoder`: a server's vectors can be kept, too;
+    `columns` are role → column, where columns have other names (`files.read_queries`, `files.read_documents`).
     The same call continues a folder that was begun, and leaves a finished one as it is; `force` starts afresh. Memory
     does not grow with the number of texts. With `layout="nemo"` the vectors are there a second time, as NeMo's GPT
     embedding model writes them. Of `dimensions` the first so many are kept; `stored` is how documents are (a key of
@@ -48,12 +50,13 @@ def embed(
 
     if layout not in LAYOUTS:
         raise RecipeError(f"layout '{layout}' is unknown; known are {' and '.join(LAYOUTS)}")
-    sources = _sources(queries, docs)
+    sources = _sources(queries, docs, columns)
     form = _form(stored, dimensions, docs, layout)
     folder = Path(out)
     vectors.refuse_foreign(folder)
     set_threads(threads)
     content = {side: _fingerprint(source) for side, (source, _) in sources.items()} | form
+    content |= {"columns": dict(columns)} if columns else {}
     load = partial(open_encoder, str(model), precision=precision, device=device, prompts=prompts, api_model=api_model)
     state, encoder = None if force else vectors.read_state(folder), None
     if state is not None:
@@ -61,7 +64,7 @@ def embed(
         vectors.refuse_changed(folder, state, _settings(encoder, content))
         state = vectors.mended(folder, state)
     if state is None or encoder is None:
-        judged = read_judgements(queries) if queries is not None else ()
+        judged = read_judgements(queries, columns=columns) if queries is not None else ()
         texts = {side: read(source) for side, (source, read) in sources.items()}
         with vectors.listed(folder, texts, judged) as (new, rows):
             encoder = encoder or load()
@@ -89,13 +92,17 @@ LAYOUTS = ("kinvec", "nemo")
 Source = tuple[str | Path, Callable[..., Iterator[tuple[str, str]]]]
 
 
-def _sources(queries: str | Path | None, docs: str | Path | None) -> dict[str, Source]:
+def _sources(
+    queries: str | Path | None, docs: str | Path | None, columns: Mapping[str, Any] | None
+) -> dict[str, Source]:  # fmt: skip
     """What is to be embedded, and what reads it as ids and texts, by side."""
     from kinvec.contracts import RecipeError
     from kinvec.files import read_documents, read_queries
 
     given = {"query": (queries, read_queries), "doc": (docs, read_documents)}
-    found = {side: (source, read) for side, (source, read) in given.items() if source is not None}
+    found: dict[str, Source] = {
+        side: (source, partial(read, columns=columns)) for side, (source, read) in given.items() if source is not None
+    }
     if not found:
         raise RecipeError("there is nothing to embed; add --queries FILE, --docs FILE or both")
     return found
@@ -162,7 +169,7 @@ def _fingerprint(source: str | Path) -> str:
     return content_fingerprint(existing(str(source)))
 
 
-def _settings(encoder: LastingEncoder, content: dict[str, str]) -> dict[str, Any]:
+def _settings(encoder: LastingEncoder, content: dict[str, Any]) -> dict[str, Any]:
     """All that the bytes of the vectors depend on. Threads, too: they change the order of sums in a product here."""
     import torch
 
@@ -217,6 +224,10 @@ def command(
     out: Annotated[Path, typer.Option(help="The folder to write vectors, ids and manifest.json into.")],
     queries: Annotated[str | None, typer.Option(help="A file of queries, embedded with the query prompt.")] = None,
     docs: Annotated[str | None, typer.Option(help="A file of documents, embedded with the document prompt.")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=NAME", help="A column by another name: query, query_id, pos_doc, pos_id, text."),
+    ] = None,
     layout: Annotated[str, typer.Option(help="kinvec, or nemo: a second copy under NeMo's names.")] = "kinvec",
     prompt: Annotated[
         list[str] | None, typer.Option(help="query=TEXT or document=TEXT, put before each; may be repeated.")
@@ -235,11 +246,12 @@ def command(
     The same command continues a folder that was stopped half-way. `kinvec evaluate --embeddings` scores the folder.
     """
     from kinvec.encoders import named_prompts
+    from kinvec.files import named_columns
 
     manifest = embed(
-        model, out, queries=queries, docs=docs, layout=layout, stored=stored, dimensions=dimensions,
-        prompts=named_prompts(prompt or ()), api_model=api_model, force=force, precision=precision, device=device,
-        threads=threads,
+        model, out, queries=queries, docs=docs, columns=named_columns(column or ()), layout=layout, stored=stored,
+        dimensions=dimensions, prompts=named_prompts(prompt or ()), api_model=api_model, force=force,
+        precision=precision, device=device, threads=threads,
     )  # fmt: skip
     if as_json:
         print(json.dumps(manifest, indent=2, ensure_ascii=False))

@@ -51,8 +51,10 @@ def evaluate(
 
     if (model is None) == (embeddings is None):
         raise RecipeError("evaluate takes either --model NAME or --embeddings FOLDER; give one of them")
-    if embeddings is not None and (prompts or api_model or columns):
-        raise RecipeError("vectors are there already: prompts, --api-model and --column go with --model")
+    if embeddings is not None and (prompts or api_model):
+        raise RecipeError("vectors are there already: prompts and --api-model go with --model")
+    if columns and data is None:
+        raise RecipeError("--column says what the columns of judged data are; add --data FILE")
     if embeddings is not None and task not in (None, "retrieval"):
         raise RecipeError(f"vectors on disk are scored by judged queries; --task {task} goes with --model")
     if model is not None and data is None:
@@ -65,7 +67,7 @@ def evaluate(
     set_threads(threads)
     if embeddings is not None:
         with one_sentence(f"{embeddings}: these vectors cannot be scored", "are they whole? embed again"):
-            result = _score_vectors(Path(embeddings), data, split, measures, dimensions if cheaper else None)
+            result = _score_vectors(Path(embeddings), data, split, columns, measures, dimensions if cheaper else None)
     else:
         assert model is not None and data is not None
         result = _score_model(
@@ -112,8 +114,9 @@ def _score_model(
 
 
 def _score_vectors(
-    folder: Path, source: str | Path | None, split: str, measures: Sequence[str], cheaper: Sequence[int] | None
-) -> Result:
+    folder: Path, source: str | Path | None, split: str, columns: Mapping[str, Any] | None, measures: Sequence[str],
+    cheaper: Sequence[int] | None,
+) -> Result:  # fmt: skip
     from kinvec import tasks
     from kinvec.contracts import KinvecError, RecipeError, RetrievalData
     from kinvec.files import open_problem, vectors
@@ -129,14 +132,14 @@ def _score_vectors(
             raise KinvecError(f"{folder}: its manifest names '{said['ranges']}', which is not in the folder; refused")
         ranges = vectors.open_array(folder / said["ranges"])
         shards = [Restored(shard, said["stored"], ranges) for shard in shards]
-    qrels = _judged_queries(source) if source is not None else vectors.open_judgements(folder)
+    qrels = _judged_queries(source, columns) if source is not None else vectors.open_judgements(folder)
     baselines = {}
     if qrels:
         data = _without_texts(folder, documents.ids, qrels)
     elif source is None:
         raise KinvecError(f"{folder} has no judgements (qrels.tsv); add --data with judged queries")
     else:
-        opened = open_problem(source, split=split)
+        opened = open_problem(source, split=split, columns=columns)
         if not isinstance(opened, RetrievalData):
             raise KinvecError("an embeddings folder is scored by judged queries; scored pairs need --model")
         ranked = [name for name in measures if name not in tasks.TRIPLETS]
@@ -151,7 +154,7 @@ def _score_vectors(
     return result
 
 
-def _judged_queries(source: str | Path) -> Qrels | None:
+def _judged_queries(source: str | Path, columns: Mapping[str, Any] | None) -> Qrels | None:
     """The judgements of a file of query rows that name their documents (`query_id`, `doc_id`) and hold no documents."""
     from kinvec.contracts import KinvecError
     from kinvec.files import detect_kind, read_judgements
@@ -159,11 +162,11 @@ def _judged_queries(source: str | Path) -> Qrels | None:
     if not Path(source).is_file():
         return None
     try:
-        detect_kind(source)
+        detect_kind(source, columns=columns)
         return None
     except KinvecError:
         qrels: Qrels = {}
-        for query, document, grade in read_judgements(source):
+        for query, document, grade in read_judgements(source, columns=columns):
             qrels.setdefault(query, {})[document] = grade
         return qrels or None
 

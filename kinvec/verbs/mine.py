@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import numpy as np
 
@@ -31,6 +31,7 @@ def mine(
     settings: MiningSettings | None = None,
     *,
     split: str = "train",
+    columns: Mapping[str, Any] | None = None,
     embeddings: str | Path | None = None,
     reranker: str | None = None,
     memory: str = "2GiB",
@@ -42,11 +43,11 @@ def mine(
     """Mine hard negatives for the judged queries of `data` into the folder `out`; returns the audit.
 
     `model` is whatever `encoders.open_encoder` opens; None, and `embeddings` are vectors that `kinvec embed` made of
-    the same queries and documents. `train.jsonl` is training data, `audit.json` says what to think of it, `vectors/`
-    are kept for other settings. The same call continues a folder that was begun and leaves a finished one as it is;
-    `force` starts afresh. The process stays within `memory`, however large the corpus; the size of it changes nothing
-    in what is found. Raises `KinvecError` if the data are wrong, or `out` holds other things or was begun with another
-    model, data or settings.
+    the same queries and documents; `columns` are role → column, where columns have other names. `train.jsonl` is
+    training data, `audit.json` says what to think of it, `vectors/` are kept for other settings. The same call
+    continues a folder that was begun and leaves a finished one as it is; `force` starts afresh. The process stays
+    within `memory`, however large the corpus; the size of it changes nothing in what is found. Raises `KinvecError` if
+    the data are wrong, or `out` holds other things or was begun with another model, data or settings.
     """
     from kinvec import mining
     from kinvec.auditing import audit
@@ -63,7 +64,7 @@ def mine(
         raise RecipeError("mine takes either --model NAME or --embeddings FOLDER; give one of them")
     budget, settings, place = parse_bytes(memory), settings or mining.MiningSettings(), resolve_device(device)
     set_threads(threads)
-    folder, problem = Path(out), _with_positives(open_retrieval(data, split=split))
+    folder, problem = Path(out), _with_positives(open_retrieval(data, split=split, columns=columns))
     encoder = open_encoder(str(model), precision=precision, device=device) if embeddings is None else None
     searcher = encoder.fingerprint if encoder else content_fingerprint(Path(embeddings or ""))
     judge, judge_is = open_reranker(reranker, precision, device) if reranker else (None, None)
@@ -244,6 +245,9 @@ def command(
         Path | None, typer.Option(help="Instead of a model: what kinvec embed made of these queries and documents.")
     ] = None,
     split: Annotated[str, typer.Option(help="The split to mine for.")] = "train",
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=NAME", help="A column by another name, as in query=question.")
+    ] = None,
     negatives: Annotated[int, typer.Option(min=1, help="Hard negatives of a query, at most.")] = 4,
     skip: Annotated[int, typer.Option(min=0, help="Ranks left out at the top.")] = 0,
     depth: Annotated[int, typer.Option(min=1, help="Ranks looked at below those.")] = 100,
@@ -270,6 +274,7 @@ def command(
     positive. `kinvec train data.train=OUT` trains on the folder.
     """
     from kinvec.config import load
+    from kinvec.files import named_columns
     from kinvec.mining import MiningSettings
 
     given = {
@@ -277,8 +282,9 @@ def command(
         "highest": highest, "lowest": lowest, "draw": draw, "lexical": bm25, "seed": seed,
     }  # fmt: skip
     told = mine(
-        model, data, out, load(MiningSettings, given), split=split, embeddings=embeddings,
-        reranker=reranker, memory=memory, force=force, precision=precision, device=device, threads=threads,
+        model, data, out, load(MiningSettings, given), split=split, columns=named_columns(column or ()),
+        embeddings=embeddings, reranker=reranker, memory=memory, force=force, precision=precision, device=device,
+        threads=threads,
     )  # fmt: skip
     if as_json:
         print(json.dumps(told, indent=2, ensure_ascii=False))

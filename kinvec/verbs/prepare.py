@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ def prepare(
     *sources: str | Path,
     out: str | Path,
     unit: str = "paragraph",
+    columns: Mapping[str, Any] | None = None,
     model: str | None = None,
     tokens: int = 512,
     across: bool = False,
@@ -26,7 +27,8 @@ def prepare(
     """Cut the articles of the sources into texts, and write `train.jsonl` and `dev.jsonl` into the folder `out`.
 
     `unit` is paragraph, sentence, or block: `tokens` tokens of `model`'s tokenizer, `across` articles or within them.
-    Returns what was done and counted. Raises `KinvecError` for a bad source and `RecipeError` for bad settings.
+    `columns` says which columns of data files are the `text`. Returns what was done and counted. Raises `KinvecError`
+    for a bad source and `RecipeError` for bad settings.
     """
     from kinvec.contracts import RecipeError
     from kinvec.preparing import UNITS, Counts, blocks, write_texts
@@ -41,7 +43,7 @@ def prepare(
         raise RecipeError(f"--tokens is at least 1, not {tokens}")
     said = {"sources": [str(source) for source in sources], "unit": unit, "shortest": shortest, "holdout": holdout}
     counts = Counts()
-    articles = _articles(sources, counts)
+    articles = _articles(sources, columns, counts)
     if unit == "block":
         said |= {"model": model, "tokens": tokens, "across": across}
         texts: Iterator[str] = blocks(articles, _tokenizer(str(model)), tokens, across)
@@ -51,7 +53,9 @@ def prepare(
     return said | vars(counts)
 
 
-def _articles(sources: tuple[str | Path, ...], counts: Counts) -> Iterator[str]:
+def _articles(
+    sources: tuple[str | Path, ...], columns: Mapping[str, Any] | None, counts: Counts
+) -> Iterator[str]:  # fmt: skip
     from kinvec.contracts import RecipeError
     from kinvec.files import read_documents
     from kinvec.files.sources import existing
@@ -65,7 +69,7 @@ def _articles(sources: tuple[str | Path, ...], counts: Counts) -> Iterator[str]:
                 counts.articles += 1
                 yield file.read_text("utf-8")
                 continue
-            for _, text in read_documents(file):
+            for _, text in read_documents(file, columns=columns):
                 counts.articles += 1
                 yield text
 
@@ -86,6 +90,9 @@ def command(
     sources: Annotated[list[str], typer.Argument(metavar="SRC…", help="Text files, folders of them, or data files.")],
     out: Annotated[Path, typer.Option(help="The folder for train.jsonl, dev.jsonl and manifest.json.")],
     unit: Annotated[str, typer.Option(help="paragraph, sentence, or block (of tokens).")] = "paragraph",
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=NAME", help="The text by another name: text=NAME, or text=A+B.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Whose tokenizer counts the tokens of a block.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens a block.")] = 512,
     across: Annotated[bool, typer.Option("--across", help="Let blocks cross the borders of articles.")] = False,
@@ -94,9 +101,12 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was counted as JSON.")] = False,
 ) -> None:
     """Cut raw text into paragraphs, sentences or blocks for training: no repeats, no scraps, a share held out."""
+    from kinvec.files import named_columns
+
     found = prepare(
-        *sources, out=out, unit=unit, model=model, tokens=tokens, across=across, shortest=shortest, holdout=holdout
-    )
+        *sources, out=out, unit=unit, columns=named_columns(column or ()), model=model, tokens=tokens, across=across,
+        shortest=shortest, holdout=holdout,
+    )  # fmt: skip
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
