@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from kinvec.contracts import KinvecError
 from kinvec.fused import fuse_projections
 from kinvec.kernels import LANES, compiled_for, rounded, scaled
+from kinvec.machine import multiplies_bytes
 
-MOST = 127  # codes are −127 to 127
-ZERO = 128  # added to the codes of activations: processors multiply unsigned bytes by signed ones
+MOST = 127  # codes of weights are −127 to 127
+FINE = MOST if multiplies_bytes() else 63  # codes of activations are −FINE to FINE: twice 127 · 127 fits into 16 bits
+ZERO = FINE + 1  # added to them: processors multiply unsigned bytes by signed ones
 GROUP = 128  # numbers that are turned together, at most: more brings nothing (docs/experiments.md)
 TINY = 1e-20  # the least scale
 
@@ -63,9 +65,9 @@ class Int8Linear(nn.Module):
 def round_tokens(x: Float[Tensor, "T i"]) -> tuple[UInt8[Tensor, "T p"], Float[Tensor, "T 1"]]:
     """Codes and scales of activations: what is `turned` is scale · (code − ZERO), to half a scale."""
     if compiled_for(x):
-        return rounded(x, _turn(x.shape[1])[1], TINY)
+        return rounded(x, _turn(x.shape[1])[1], FINE, TINY)
     x = turned(x.float())
-    scale = x.abs().amax(-1, keepdim=True).clamp_(min=TINY * MOST).div_(MOST)
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=TINY * FINE).div_(FINE)
     return x.div_(scale).add_(ZERO + 0.5).to(torch.uint8), scale  # cut off, which rounds: none is negative
 
 

@@ -42,7 +42,7 @@ ARGUMENTS = {
     "softmax": (*3 * [c_void_p], c_float, *ROWS, *CHANCE),
     "softmax_backward": (*3 * [c_void_p], c_float, *ROWS, c_float),
     "dropout": (*2 * [c_void_p], *ROWS, *CHANCE),
-    "round_rows": (*4 * [c_void_p], *ROWS, c_int, c_float),
+    "round_rows": (*4 * [c_void_p], *ROWS, c_int, c_int, c_float),
     "scale_rows": (*3 * [c_void_p], *ROWS),
     "attention": (*7 * [c_void_p],),
     "attention_backward": (*11 * [c_void_p],),
@@ -194,13 +194,13 @@ def dropped(x: Float[Tensor, "*r n"], chance: tuple[int, float, int]) -> Float[T
 
 
 def rounded(
-    x: Float[Tensor, "r n"], signs: Float[Tensor, " group"], tiny: float
+    x: Float[Tensor, "r n"], signs: Float[Tensor, " group"], most: int, tiny: float
 ) -> tuple[UInt8[Tensor, "r p"], Float[Tensor, "r 1"]]:
-    """`int8.round_tokens`, of groups of as many numbers as there are signs; only where `compiled_for(x)`."""
+    """`int8.round_tokens`, to codes of −most to most around most + 1; only where `compiled_for(x)`."""
     rows, width, half = _layout(x)
     codes, scales = torch.empty(rows, width + -width % LANES, dtype=torch.uint8), torch.empty(rows, 1)
     places = [tensor.data_ptr() for tensor in (x, signs, codes, scales)]
-    _in_c().round_rows(*places, rows, width, half, len(signs) // LANES, tiny)
+    _in_c().round_rows(*places, rows, width, half, len(signs) // LANES, most, tiny)
     return codes, scales
 
 

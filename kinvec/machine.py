@@ -26,6 +26,11 @@ def multiplies_bf16(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def multiplies_bytes() -> bool:
+    """Whether the processor adds products of bytes in 32 bits; others add two in 16, which may not hold them."""
+    return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is how torch, oneDNN or Python says that memory has ended."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):

@@ -49,10 +49,10 @@ static inline Ints turn(Floats *to, const void *from, const float *signs, long r
     return high;
 }
 
-/* Rows, filled up to whole vectors with 0 and turned in groups of 1, 2, 4 or 8 vectors, as codes of 1 to 255 around 128, and a
-   scale for each; the scale of a row that holds what is no finite number is none either. */
+/* Rows, filled up to whole vectors with 0 and turned in groups of 1, 2, 4 or 8 vectors, as codes of −most to most around most + 1,
+   and a scale for each; the scale of a row that holds what is no finite number is none either. */
 void round_rows(const void *from, const float *signs, uint8_t *codes, float *scales, long rows, long n, int half,
-                int group, float tiny) {
+                int group, int most, float tiny) {
     float share = 1.0f / sqrtf(group * LANES);
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
@@ -68,9 +68,9 @@ void round_rows(const void *from, const float *signs, uint8_t *codes, float *sca
         }
         for (int d = 8; d; d /= 2)
             for (int i = 0; i < d; i++) high[i] = high[i + d] > high[i] ? high[i + d] : high[i];
-        float most = ((Floats)high)[0] * share, scale = most < 127 * tiny ? tiny : most / 127;
+        float size = ((Floats)high)[0] * share, scale = size < most * tiny ? tiny : size / most;
         for (long b = 0; b < blocks; b++) { /* cut off, which rounds: none is negative */
-            Ints code = __builtin_convertvector(z[b] * (share / scale) + 128.5f, Ints);
+            Ints code = __builtin_convertvector(z[b] * (share / scale) + (most + 1.5f), Ints);
             Bytes bytes = __builtin_convertvector(code, Bytes);
             memcpy(codes + (r * blocks + b) * LANES, &bytes, sizeof bytes);
         }
