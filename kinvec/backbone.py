@@ -421,6 +421,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise KinvecError(f"precision '{precision}' is unknown; use one of {', '.join(PRECISIONS)}")
     if precision == "int8" and device.type != "cpu":
         raise KinvecError(f"precision int8 is for encoding on a CPU; on {device.type} use bf16, or add --device cpu")
+    if precision == "int8" and not torch.backends.mkldnn.is_available():
+        raise KinvecError("precision int8 needs oneDNN, which this torch is built without; use bf16 or fp32")
     if precision != "auto":
         return precision
     return "bf16" if multiplies_bf16(device) else "fp32"

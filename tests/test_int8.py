@@ -197,7 +197,11 @@ def test_a_folder_of_vectors_names_it_and_helping_processes_compute_the_same(tmp
 
 
 def test_what_it_is_not_for_is_refused_in_one_sentence(
-    tmp_path: Path, tiny_folder: Path, tiny_pairs: Path, main: Callable[..., tuple[int, str]]
+    tmp_path: Path,
+    tiny_folder: Path,
+    tiny_pairs: Path,
+    main: Callable[..., tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "run"
     code, said = main("train", f"model={tiny_folder}", f"data.train={tiny_pairs}", f"out={run}", "--precision", "int8")
@@ -208,6 +212,9 @@ def test_what_it_is_not_for_is_refused_in_one_sentence(
         open_encoder(f"st:{tiny_folder}", precision="int8")
     with pytest.raises(KinvecError, match="^precision int8 is for encoding on a CPU"):
         resolve_precision("int8", torch.device("meta"))
+    with monkeypatch.context() as patch, pytest.raises(KinvecError, match="^precision int8 needs oneDNN"):
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        resolve_precision("int8", torch.device("cpu"))
     gpt = transformers.GPT2Model(transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(KinvecError, match="^GPT2Model: none of its weights are in plain linear layers"):
         quantise(gpt)
