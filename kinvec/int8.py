@@ -27,7 +27,7 @@ from kinvec.machine import multiplies_bytes
 MOST = 127  # codes of weights are −127 to 127
 FINE = MOST if multiplies_bytes() else 63  # codes of activations are −FINE to FINE: twice 127 · 127 fits into 16 bits
 ZERO = FINE + 1  # added to them: processors multiply unsigned bytes by signed ones
-GROUP = 128  # numbers that are turned together, at most: more brings nothing (docs/experiments.md)
+GROUP = 128  # numbers that are turned together, at most: int8.c holds them in registers, and more brings nothing
 TINY = 1e-20  # the least scale
 
 
