@@ -41,10 +41,10 @@ class Int8Linear(nn.Module):
         weight = turned(torch.cat([layer.weight.detach().float() for layer in layers]))
         biases: list[Any] = [layer.bias for layer in layers]  # all of them, or none
         bias = torch.zeros(len(weight)) if biases[0] is None else torch.cat(biases).detach().float()
-        scale = weight.abs().amax(1).clamp_(min=TINY * MOST).div_(MOST)
-        codes = weight.div_(scale[:, None]).round_().to(torch.int8)
+        scale = _scales(weight, MOST)
+        codes = weight.div_(scale).round_().to(torch.int8)
         self.register_buffer("weight", codes)
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale[:, 0])
         self.register_buffer("bias", bias)
         self._zeros = torch.zeros(len(scale), dtype=torch.long)
         self._packed = torch.ops.onednn.qlinear_prepack(codes, None)  # as the processor's kernel reads it
@@ -67,8 +67,13 @@ def round_tokens(x: Float[Tensor, "T i"]) -> tuple[UInt8[Tensor, "T p"], Float[T
     if compiled_for(x):
         return rounded(x, _turn(x.shape[1])[1], FINE, TINY)
     x = turned(x.float())
-    scale = x.abs().amax(-1, keepdim=True).clamp_(min=TINY * FINE).div_(FINE)
+    scale = _scales(x, FINE)
     return x.div_(scale).add_(ZERO + 0.5).to(torch.uint8), scale  # cut off, which rounds: none is negative
+
+
+def _scales(x: Float[Tensor, "n p"], most: int) -> Float[Tensor, "n 1"]:
+    """How far apart codes are in each row, if its largest number is to be `most`."""
+    return x.abs().amax(-1, keepdim=True).clamp_(min=TINY * most).div_(most)
 
 
 def turned(x: Float[Tensor, "n i"]) -> Float[Tensor, "n p"]:
